@@ -1,0 +1,15 @@
+"""RD++ (CVPR 2023) and AAND (TIP 2026) as anomalib models.
+
+Installed beside anomalib, ``anomalib train --model RDPP`` works as typed, and ``anomalib.models.get_model("rdpp")`` too.
+"""
+
+import anomalib.models  # noqa: F401  first and whole: half of it would be imported by our modules otherwise
+
+from anomalib_rdpp.rdpp.lightning_model import RDPP
+from anomalib_rdpp.registration import register
+
+__version__ = "0.1.0"
+MODELS = ("RDPP",)
+__all__ = ["RDPP"]
+
+register()

@@ -1,0 +1,89 @@
+"""What both Lightning classes answer the host alike: input, checkpoints, steps of evaluation.
+
+A mixin, not a base class: the host's ``get_model`` and ``list_models`` look one level below ``AnomalibModule``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+
+class DistillationMixin:
+    """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation."""
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize to ``image_size`` (height, width; 256 x 256 by default) and no more: the teacher normalises."""
+        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Leave every trainer option to the user."""
+        return {}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Learn from normal images."""
+        return LearningType.ONE_CLASS
+
+    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+        """Add map and score to the batch."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def setup(self, stage: str) -> None:
+        """Refuse a pre-processor that normalises.
+
+        Raises:
+            ValueError: If its transform contains ``Normalize``.
+        """
+        super().setup(stage)
+        if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
+            msg = (
+                f"The pre-processor of {self.name} contains Normalize, but the model normalises by itself and adds its "
+                "synthetic anomalies to pixels in [0, 1]; take Normalize out of the transform."
+            )
+            raise ValueError(msg)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Refuse images with NaN or infinity while they are still on the CPU.
+
+        Raises:
+            ValueError: If a pixel is not finite; names the files.
+        """
+        del dataloader_idx
+        image = getattr(batch, "image", None)
+        if image is not None and not torch.isfinite(image).all():
+            bad = [i for i, pixels in enumerate(image) if not torch.isfinite(pixels).all()]
+            names = [batch.image_path[i] for i in bad] if getattr(batch, "image_path", None) else bad
+            msg = f"Pixels are NaN or infinite in {names}; remove or repair these images (pixels must be in [0, 1])."
+            raise ValueError(msg)
+        return batch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone before torch lists all its tensors.
+
+        Raises:
+            ValueError: If the checkpoint's backbone differs.
+        """
+        stored = checkpoint.get("hyper_parameters", {}).get("backbone", self.hparams.backbone)
+        if stored != self.hparams.backbone:
+            msg = (
+                f"The checkpoint holds a {self.name} with backbone '{stored}', this model has "
+                f"'{self.hparams.backbone}'; build it with backbone='{stored}'."
+            )
+            raise ValueError(msg)
+        super().on_load_checkpoint(checkpoint)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "DistillationMixin":  # noqa: ANN401
+        """Load a checkpoint without fetching the teacher, whose weights it holds; arguments as the host's."""
+        kwargs = {"pre_trained": False, "teacher_weights": None, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)

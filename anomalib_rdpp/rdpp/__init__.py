@@ -1,0 +1,1 @@
+"""RD++: Revisiting Reverse Distillation for Anomaly Detection (Tien et al., CVPR 2023)."""

@@ -1,0 +1,1 @@
+"""Synthetic anomalies: what the methods add to normal images while they train."""
