@@ -3,6 +3,7 @@
 A mixin, not a base class: the host's ``get_model`` and ``list_models`` look one level below ``AnomalibModule``.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class DistillationMixin:
             ValueError: If its transform contains ``Normalize``.
         """
         super().setup(stage)
+        # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want.
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`")
         if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
             msg = (
                 f"The pre-processor of {self.name} contains Normalize, but the model normalises by itself and adds its "

@@ -118,11 +118,6 @@ class RDPP(DistillationMixin, AnomalibModule):
         """Compute the loss of a batch of normal images; every term is logged by name."""
         del args, kwargs
         terms = self.loss(self.model(batch.image))
-        self.log_dict(
-            {f"train_{name}": term.detach() for name, term in terms.items()},
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch.image),
-        )
+        for name, term in terms.items():
+            self.log(f"train_{name}", term.detach(), on_step=False, on_epoch=True, prog_bar=name == "loss")
         return terms["loss"]

@@ -1,0 +1,1 @@
+"""Benchmarks: accuracy of any host models on equal terms."""

@@ -1,0 +1,27 @@
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy CONFIG.yaml --output results/accuracy.csv``."""
+
+import argparse
+from pathlib import Path
+
+from .accuracy import run_accuracy
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m anomalib_rdpp.benchmark", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    accuracy = commands.add_parser("accuracy", help="train and test models x data x seeds, one CSV row each")
+    accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
+    accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
+    accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
+    arguments = parser.parse_args()
+    try:
+        index, count = map(int, arguments.shard.split("/"))
+    except ValueError:
+        parser.error(f"--shard takes i/n, 2/8 for instance, got '{arguments.shard}'")
+    for config in arguments.configs:
+        run_accuracy(config, arguments.output, (index, count))
+
+
+if __name__ == "__main__":
+    main()
