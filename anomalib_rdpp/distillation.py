@@ -100,11 +100,7 @@ class Teacher(nn.Module):
 
         Returns:
             ``(B, C, H, W)`` per scale, fine to coarse, at 1/4, 1/8 and 1/16 of the input.
-
-        Raises:
-            ValueError: If the images have not three channels or their sides are no multiples of 32.
         """
-        check_images(images)
         return list(self.extractor((images - self.mean) / self.std).values())
 
 
@@ -127,6 +123,9 @@ class Student(nn.Module):
         # The host builds the neck of a wide ResNet at half its width unless it is told.
         self.bottleneck = get_bottleneck_layer(name, width_per_group=128 if name.startswith("wide") else 64)
         self.decoder = get_decoder(name)
+        # Parts of the published neck that no pass uses; frozen, so that DDP waits for no gradient of theirs.
+        self.bottleneck.conv4.requires_grad_(requires_grad=False)
+        self.bottleneck.bn4.requires_grad_(requires_grad=False)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse; same shapes."""

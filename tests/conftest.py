@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.data import Folder
+from PIL import Image
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -34,3 +36,38 @@ class Golden:
 
     def scales(self, name: str, *, requires_grad: bool = False) -> list[torch.Tensor]:
         return [self[f"{name}{i}"].requires_grad_(requires_grad) for i in range(3)]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """Folder data: 6 normal images to train on; 4 normal ones, 4 with a bright square and its mask to test on."""
+    root = tmp_path_factory.mktemp("tiny")
+    generator = np.random.default_rng(0)
+    for folder, count in (("train/good", 6), ("test/good", 4), ("test/square", 4)):
+        (root / folder).mkdir(parents=True)
+        (root / "ground_truth/square").mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = generator.integers(90, 120, (80, 96, 3), dtype=np.uint8)
+            if folder == "test/square":
+                pixels[20:50, 30:60] = 250
+                mask = np.zeros((80, 96), np.uint8)
+                mask[20:50, 30:60] = 255
+                Image.fromarray(mask).save(root / "ground_truth/square" / f"{i}.png")
+            Image.fromarray(pixels).save(root / folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def tiny_data(tiny_folder) -> Folder:
+    """Datamodule of the tiny images, two batches of three to train on."""
+    return Folder(
+        name="tiny",
+        root=tiny_folder,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/square",
+        mask_dir="ground_truth/square",
+        train_batch_size=3,
+        eval_batch_size=3,
+        num_workers=0,
+    )

@@ -1,0 +1,19 @@
+"""Put the configs into the wheel; an editable install has them in the repository and takes the start-up module alone."""
+
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+STARTUP = ("anomalib_rdpp_autoload.py", "anomalib_rdpp_autoload.pth")
+
+
+class PlaceFiles(BuildHookInterface):
+    """Forced inclusions of both kinds of install."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add them to the build."""
+        del version
+        startup = {str(Path(self.root, "startup", name)): name for name in STARTUP}
+        build_data["force_include"] |= {**startup, str(Path(self.root, "configs")): "anomalib_rdpp/configs"}
+        build_data["force_include_editable"] |= startup

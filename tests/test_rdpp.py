@@ -1,0 +1,338 @@
+"""RD++: what it computes, who learns, what it refuses."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+from anomalib.models.components import TimmFeatureExtractor
+from anomalib.pre_processing import PreProcessor
+from safetensors.torch import save_file
+from torch.nn import functional
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_rdpp import RDPP
+from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
+from anomalib_rdpp.distillation import Student, Teacher
+from anomalib_rdpp.rdpp.loss import RDPPLoss, contrast_loss, reconstruction_loss, transport_loss
+from anomalib_rdpp.rdpp.torch_model import Projection, RDPPFeatures, RDPPModel
+from anomalib_rdpp.synthesis.noise import SimplexNoise
+
+BACKBONES = ["resnet18", "resnet34", "resnet50.tv_in1k", "wide_resnet50_2.tv_in1k"]
+TINY = {"backbone": "resnet18", "pre_trained": False}
+
+
+def features(batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 8 * 2**k, 16 // 2**k, 16 // 2**k, generator=generator) for k in range(3)]
+
+
+# -- the graph
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_any_backbone_gives_map_and_score(backbone):
+    model = RDPPModel(backbone, pre_trained=False).eval()
+    prediction = model(torch.rand(2, 3, 64, 96))
+    assert prediction.anomaly_map.shape == (2, 1, 64, 96)
+    torch.testing.assert_close(prediction.pred_score, prediction.anomaly_map.amax((1, 2, 3)))
+
+
+def test_neck_of_a_wide_resnet_has_its_full_width():
+    parameters = sum(p.numel() for p in Student("wide_resnet50_2").bottleneck.bn_layer.parameters())
+    full = sum(p.numel() for p in Student("resnet50").bottleneck.bn_layer.parameters())
+    assert parameters > 1.5 * full
+
+
+def test_student_sees_the_projection_and_the_map_compares_the_raw_teacher():
+    model = RDPPModel(**TINY).eval()
+    images = torch.rand(1, 3, 64, 64)
+    teacher = model.teacher(images)
+    student = model.student(model.project(teacher))
+    expected = AnomalyMapGenerator()(teacher, student, (64, 64)).anomaly_map
+    torch.testing.assert_close(model(images).anomaly_map, expected)
+
+
+def test_training_features_equal_those_of_single_passes():
+    model = RDPPModel(**TINY).train()
+    images = torch.rand(2, 3, 64, 64)
+    torch.manual_seed(1)
+    noisy = model.noise(images)
+    torch.manual_seed(1)
+    both = model(images)
+    for name, pixels in (("teacher", images), ("noisy_teacher", noisy)):
+        for ours, expected in zip(getattr(both, name), model.teacher(pixels), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    for ours, expected in zip(both.noisy_projected, model.project(model.teacher(noisy)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_teacher_normalises_with_imagenet_statistics():
+    teacher = Teacher("resnet18", pre_trained=False)
+    images = torch.rand(1, 3, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = teacher.extractor((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    for ours, theirs in zip(teacher(images), expected.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# -- who learns
+
+
+def test_teacher_stays_frozen_in_train_mode():
+    model = RDPP(**TINY).train()
+    before = {name: value.clone() for name, value in model.model.teacher.state_dict().items()}
+    assert not model.model.teacher.training
+    assert not model.model.teacher.extractor.feature_extractor.training
+    optimizer = model.configure_optimizers()
+    model.loss(model.model(torch.rand(2, 3, 64, 64)))["loss"].backward()
+    optimizer.step()
+    for name, value in model.model.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_projection_and_student_get_gradients_and_their_learning_rates():
+    model = RDPP(**TINY, projection_lr=0.1, student_lr=0.2).train()
+    model.loss(model.model(torch.rand(2, 3, 64, 64)))["loss"].backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    groups = model.configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [0.1, 0.2]
+    assert {group["betas"] for group in groups} == {(0.5, 0.999)}
+
+
+def test_noisy_features_reach_the_projection_but_not_the_student():
+    model = RDPPModel(**TINY).train()
+    both = model(torch.rand(2, 3, 64, 64))
+    reconstruction_loss(both.noisy_projected, both.projected).backward()
+    assert all(p.grad is not None for p in model.projections.parameters())
+    assert all(p.grad is None for p in model.student.parameters())
+
+
+def test_every_term_is_logged_by_name(tiny_data, tmp_path):
+    from anomalib.engine import Engine
+
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, limit_val_batches=0)
+    engine.fit(RDPP(**TINY, pre_processor=RDPP.configure_pre_processor((64, 64))), datamodule=tiny_data)
+    names = ("distillation", "reconstruction", "contrast", "transport", "loss")
+    assert {f"train_{name}" for name in names} <= engine.trainer.callback_metrics.keys()
+
+
+# -- the loss
+
+
+def test_terms_are_zero_for_equal_features():
+    same = features()
+    assert reconstruction_loss(same, same).abs() < 1e-5
+    equal = [feature[:1].expand(3, -1, -1, -1) for feature in same]
+    assert transport_loss(equal).abs() < 1e-5
+
+
+@pytest.mark.parametrize("term", [reconstruction_loss, lambda a, b: contrast_loss(a, b, margin=-1.0)])
+def test_terms_are_symmetric_and_free_of_scale(term):
+    one, other = features(seed=1), features(seed=2)
+    torch.testing.assert_close(term(one, other), term(other, one))
+    torch.testing.assert_close(term([3 * f for f in one], other), term(one, other))
+
+
+def test_transport_is_positive_for_different_images_and_free_of_scale():
+    one = features()
+    torch.manual_seed(0)
+    loss = transport_loss(one, 1000)
+    assert loss > 0.01
+    torch.testing.assert_close(transport_loss([3 * feature for feature in one], 1000), loss, rtol=1e-3, atol=1e-5)
+
+
+def test_transport_draws_positives_closer():
+    cloud = [feature.requires_grad_() for feature in features()]
+    before = transport_loss(cloud, 1000)
+    before.backward()
+    moved = [(feature - 3 * feature.grad).detach() for feature in cloud]
+    assert transport_loss(moved, 1000) < before
+
+
+def test_transport_of_a_single_image_is_zero():
+    assert transport_loss(features(batch=1)) == 0
+
+
+def test_published_transport_leaves_the_term_out():
+    sames = RDPPFeatures(*[features(seed=i) for i in range(5)])
+    terms = RDPPLoss(transport="published")(sames)
+    assert "transport" not in terms
+    weighted = 0.2 * (0.01 * terms["reconstruction"] + 0.1 * terms["contrast"]) / 1.11
+    torch.testing.assert_close(terms["loss"], terms["distillation"] + weighted)
+
+
+def test_half_precision_features_give_a_float32_loss():
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = RDPPLoss()(RDPPFeatures(*[[f.bfloat16() for f in features(seed=i)] for i in range(5)]))
+    assert terms["loss"].dtype == torch.float32
+
+
+# -- the map
+
+
+def test_map_is_bilinear_upsampling_then_gaussian_blur():
+    from scipy.ndimage import gaussian_filter
+
+    teacher, student = features(1, 1), features(1, 2)
+    raw = sum(
+        functional.interpolate(
+            (1 - functional.cosine_similarity(t, s))[None], (96, 64), mode="bilinear", align_corners=True
+        )[0, 0]
+        for t, s in zip(teacher, student, strict=True)
+    )
+    prediction = AnomalyMapGenerator()(teacher, student, (96, 64))
+    expected = torch.from_numpy(gaussian_filter(raw.numpy(), 4))
+    torch.testing.assert_close(prediction.anomaly_map[0, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_map_is_zero_for_equal_features():
+    same = features()
+    assert AnomalyMapGenerator()(same, same, (64, 64)).anomaly_map.abs().max() < 1e-5
+
+
+# -- the noise
+
+
+def test_noise_fills_one_rectangle_of_each_image_with_another_field():
+    difference = SimplexNoise()(torch.zeros(4, 3, 64, 64))
+    for image in difference:
+        rows, columns = (image.abs().sum(0).sum(axis).nonzero().flatten() for axis in (1, 0))
+        assert 9 <= rows[-1] - rows[0] + 1 <= 31
+        assert 9 <= columns[-1] - columns[0] + 1 <= 31
+        assert image.abs().max() < 0.2 * 2.4
+    assert not torch.equal(difference[0], difference[1])
+
+
+def test_torch_seed_rules_the_noise():
+    images, noise = torch.zeros(2, 3, 64, 64), SimplexNoise()
+    torch.manual_seed(5)
+    first = noise(images)
+    assert not torch.equal(noise(images), first)
+    torch.manual_seed(5)
+    assert torch.equal(noise(images), first)
+
+
+def test_noise_fits_an_image_smaller_than_its_patches():
+    assert (SimplexNoise(patch_min=40, patch_max=50)(torch.zeros(1, 3, 32, 32)) != 0).float().mean() > 0.9
+
+
+# -- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "vgg16"}, "'vgg16' has no decoder; choose one of resnet18"),
+        ({"layers": ["layer1", "layer2"]}, "Expected three layers"),
+        ({"layers": ["layer1", "layer2", "layer9"]}, "use layer1, layer2, layer3"),
+        ({"layers": ["layer2", "layer3", "layer4"]}, "don't fit the bottleneck"),
+        ({"layers": ["layer3", "layer2", "layer1"]}, "don't fit the bottleneck"),
+        ({"projection_weight": -1.0}, "projection_weight must be 0 or more, got -1.0"),
+        ({"contrast_weight": float("nan")}, "contrast_weight must be 0 or more"),
+        ({"transport": "sinkhorn"}, "transport must be one of paper, published, got 'sinkhorn'"),
+        ({"transport_positions": 0}, "transport_positions must be 1 or more"),
+        ({"noise_patch_min": 40}, "0 < patch_min <= patch_max, got 40 and 31"),
+    ],
+)
+def test_bad_argument_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RDPP(**{**TINY, **arguments})
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 64, 64), "Expected RGB images of shape"),
+        ((2, 4, 64, 64), "Expected RGB images of shape"),
+        ((3, 64, 64), "Expected RGB images of shape"),
+        ((2, 3, 64, 100), r"multiples of 32, got \(64, 100\); resize in the pre-processor, to 64 x 96"),
+    ],
+)
+def test_bad_image_is_refused(shape, message, mode):
+    with pytest.raises(ValueError, match=message):
+        RDPPModel(**TINY).train(mode)(torch.rand(shape))
+
+
+def test_batch_of_one_image_trains():
+    model = RDPP(**TINY).train()
+    terms = model.loss(model.model(torch.rand(1, 3, 64, 64)))
+    assert terms["transport"] == 0
+    terms["loss"].backward()
+
+
+def test_last_batch_of_one_trains(tiny_data, tmp_path):
+    from anomalib.engine import Engine
+
+    tiny_data.train_batch_size = 5
+    engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, logger=False)
+    engine.fit(RDPP(**TINY, pre_processor=RDPP.configure_pre_processor((64, 64))), datamodule=tiny_data)
+    assert engine.trainer.global_step == 2
+
+
+def test_image_with_nan_is_named():
+    batch = ImageBatch(image=torch.full((1, 3, 64, 64), float("nan")), image_path=["bad.png"])
+    with pytest.raises(ValueError, match=r"NaN or infinite in \['bad.png'\]"):
+        RDPP(**TINY).on_before_batch_transfer(batch, 0)
+
+
+def test_normalising_pre_processor_is_refused():
+    transform = Compose([Resize((64, 64)), Normalize([0.5] * 3, [0.5] * 3)])
+    with pytest.raises(ValueError, match="take Normalize out of the transform"):
+        RDPP(**TINY, pre_processor=PreProcessor(transform)).setup("fit")
+
+
+# -- teacher weights
+
+
+def saved(tmp_path, backbone="resnet18", name="teacher.pt"):
+    network = TimmFeatureExtractor(backbone, ["layer1", "layer2", "layer3"], pre_trained=False).feature_extractor
+    state = {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)({**state, "fc.weight": torch.rand(2, 2)}, path)
+    return path, state
+
+
+@pytest.mark.parametrize("name", ["teacher.pt", "teacher.safetensors"])
+def test_teacher_takes_a_local_file(tmp_path, name):
+    path, state = saved(tmp_path, name=name)
+    teacher = RDPP(backbone="resnet18", teacher_weights=str(path)).model.teacher
+    for key, value in teacher.extractor.feature_extractor.state_dict().items():
+        torch.testing.assert_close(value, state[key])
+
+
+def test_missing_teacher_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"No teacher weights at 'nowhere\.pt'"):
+        RDPP(backbone="resnet18", teacher_weights="nowhere.pt")
+
+
+def test_truncated_teacher_file_is_refused(tmp_path):
+    path, _ = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no readable state dict"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
+
+
+def test_teacher_file_with_code_is_refused(tmp_path):
+    path = tmp_path / "teacher.pt"
+    path.write_bytes(pickle.dumps(SimpleNamespace()))
+    with pytest.raises(ValueError, match="no readable state dict"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
+
+
+def test_teacher_file_of_another_network_is_refused(tmp_path):
+    path, _ = saved(tmp_path, "resnet50")
+    with pytest.raises(ValueError, match="weights of another network"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
+
+
+def test_checkpoint_of_another_backbone_is_named():
+    with pytest.raises(ValueError, match="RDPP with backbone 'resnet50', this model has 'resnet18'"):
+        RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet50"}})
+
+
+def test_projection_has_the_papers_widths():
+    widths = [layer.out_channels for layer in Projection(64) if hasattr(layer, "out_channels")]
+    assert widths == [32, 16, 32, 64]
