@@ -15,6 +15,10 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_rdpp.distillation import architecture
+
+STRUCTURE = {"backbone", "projection", "gate", "fixed_scale"}  # arguments that the shapes in a checkpoint depend on
+
 
 class DistillationMixin:
     """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation."""
@@ -71,18 +75,22 @@ class DistillationMixin:
         return batch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another backbone before torch lists all its tensors.
+        """Refuse a checkpoint of another network before torch lists all its tensors.
 
         Raises:
-            ValueError: If the checkpoint's backbone differs.
+            ValueError: If the checkpoint's network differs in an argument of ``STRUCTURE``.
         """
-        stored = checkpoint.get("hyper_parameters", {}).get("backbone", self.hparams.backbone)
-        if stored != self.hparams.backbone:
-            msg = (
-                f"The checkpoint holds a {self.name} with backbone '{stored}', this model has "
-                f"'{self.hparams.backbone}'; build it with backbone='{stored}'."
-            )
-            raise ValueError(msg)
+        stored = checkpoint.get("hyper_parameters", {})
+        for name in STRUCTURE & stored.keys() & self.hparams.keys():
+            theirs, ours = stored[name], self.hparams[name]
+            if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter
+                theirs, ours = architecture(theirs), architecture(ours)
+            if theirs != ours:
+                msg = (
+                    f"The checkpoint holds a {self.name} with {name} '{theirs}', this model has '{ours}'; "
+                    f"build it with {name}={theirs}."
+                )
+                raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
 
     @classmethod

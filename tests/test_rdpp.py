@@ -330,7 +330,13 @@ def test_teacher_file_of_another_network_is_refused(tmp_path):
 
 def test_checkpoint_of_another_backbone_is_named():
     with pytest.raises(ValueError, match="RDPP with backbone 'resnet50', this model has 'resnet18'"):
-        RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet50"}})
+        RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet50.tv_in1k"}})
+    RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18.tv_in1k"}})
+
+
+def test_checkpoint_without_projection_is_named():
+    with pytest.raises(ValueError, match="RDPP with projection 'False', this model has 'True'"):
+        RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18", "projection": False}})
 
 
 def test_projection_has_the_papers_widths():

@@ -45,6 +45,8 @@ class RDPP(DistillationMixin, AnomalibModule):
         noise_strength: Factor on the simplex noise of the pseudo-anomalies, in units of the pixel range [0, 1].
         noise_patch_min: Shortest side of the noisy rectangle, in pixels.
         noise_patch_max: Longest side of the noisy rectangle, in pixels.
+        projection: False for plain RD (CVPR 2022): the student sees the teacher's features as they are, and the
+            distillation loss trains it alone.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
         post_processor: Post-processor, True for the host's, or False.
         evaluator: Evaluator, True for the host's metrics, or False.
@@ -77,6 +79,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         noise_strength: float = 0.2,
         noise_patch_min: int = 10,
         noise_patch_max: int = 31,
+        projection: bool = True,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -94,6 +97,7 @@ class RDPP(DistillationMixin, AnomalibModule):
             pre_trained,
             teacher_weights,
             SimplexNoise(noise_strength, noise_patch_min, noise_patch_max),
+            projection,
         )
         self.loss = RDPPLoss(
             projection_weight,
@@ -106,18 +110,23 @@ class RDPP(DistillationMixin, AnomalibModule):
 
     def configure_optimizers(self) -> Adam:
         """Give projection and student their learning rates; the two Adams of the program are one with two groups."""
-        return Adam(
-            [
-                {"params": self.model.projections.parameters(), "lr": self.hparams.projection_lr},
-                {"params": self.model.student.parameters(), "lr": self.hparams.student_lr},
-            ],
-            betas=(0.5, 0.999),
-        )
+        groups = [
+            {"params": list(self.model.projections.parameters()), "lr": self.hparams.projection_lr},
+            {"params": list(self.model.student.parameters()), "lr": self.hparams.student_lr},
+        ]
+        return Adam([group for group in groups if group["params"]], betas=(0.5, 0.999))
 
     def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images; every term is logged by name."""
         del args, kwargs
         terms = self.loss(self.model(batch.image))
         for name, term in terms.items():
-            self.log(f"train_{name}", term.detach(), on_step=False, on_epoch=True, prog_bar=name == "loss")
+            self.log(
+                f"train_{name}",
+                term.detach(),
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "loss",
+                batch_size=len(batch.image),
+            )
         return terms["loss"]

@@ -77,19 +77,19 @@ class RDPPLoss(nn.Module):
             features: What the model gives in training.
 
         Returns:
-            Each term as a scalar by its name, unweighted, and ``loss``, their weighted sum.
+            Each term as a scalar by its name, unweighted, and ``loss``, their weighted sum. Plain RD has no noisy
+            features and no term but ``distillation``.
         """
         with torch.autocast(features.teacher[0].device.type, enabled=False):
             teacher, noisy_teacher, projected, noisy_projected, student = (
                 [feature.float() for feature in scales] for scales in features
             )
-            terms = {
-                "distillation": self.distillation(teacher, student),
-                "reconstruction": reconstruction_loss(noisy_projected, projected),
-                "contrast": contrast_loss(noisy_teacher, projected),
-            }
-            if self.transport == "paper":
-                terms["transport"] = transport_loss(projected, self.transport_positions)
+            terms = {"distillation": self.distillation(teacher, student)}
+            if noisy_projected:
+                terms["reconstruction"] = reconstruction_loss(noisy_projected, projected)
+                terms["contrast"] = contrast_loss(noisy_teacher, projected)
+                if self.transport == "paper":
+                    terms["transport"] = transport_loss(projected, self.transport_positions)
             projection = sum(
                 self.weights[f"{name}_weight"] * term for name, term in terms.items() if name != "distillation"
             )

@@ -11,12 +11,12 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.distillation import Student, Teacher
+from anomalib_rdpp.distillation import Student, Teacher, check_images
 from anomalib_rdpp.synthesis.noise import SimplexNoise
 
 
 class RDPPFeatures(NamedTuple):
-    """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse."""
+    """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse; plain RD has no noisy ones."""
 
     teacher: list[torch.Tensor]
     noisy_teacher: list[torch.Tensor]
@@ -34,6 +34,7 @@ class RDPPModel(nn.Module):
         pre_trained: Whether the teacher takes ImageNet weights.
         teacher_weights: File with the teacher's weights instead.
         noise: Adds pseudo-anomalies to images; None for the paper's.
+        projection: False for plain RD (CVPR 2022), whose student sees the teacher's features as they are.
 
     Example:
         >>> model = RDPPModel("resnet18", pre_trained=False).eval()
@@ -48,10 +49,14 @@ class RDPPModel(nn.Module):
         pre_trained: bool = True,
         teacher_weights: str | None = None,
         noise: SimplexNoise | None = None,
+        projection: bool = True,
     ) -> None:
         super().__init__()
         self.teacher = Teacher(backbone, layers, pre_trained, teacher_weights)
-        self.projections = nn.ModuleList(Projection(channels) for channels in self.teacher.channels)
+        self.is_projecting = projection
+        self.projections = nn.ModuleList(
+            Projection(channels) if projection else nn.Identity() for channels in self.teacher.channels
+        )
         self.student = Student(backbone)
         self.anomaly_map_generator = AnomalyMapGenerator()
         self.noise = noise or SimplexNoise()
@@ -64,8 +69,12 @@ class RDPPModel(nn.Module):
 
         Returns:
             ``RDPPFeatures`` in ``train()``, ``InferenceBatch`` in ``eval()``.
+
+        Raises:
+            ValueError: If the images have not three channels or their sides are no multiples of 32.
         """
-        if self.training:
+        check_images(images)
+        if self.training and self.is_projecting:
             # One pass for normal and noisy images: neither teacher nor projection mixes images of a batch.
             both = self.teacher(torch.cat([images, self.noise(images)]))
             teacher, noisy_teacher = _halve(both)
@@ -73,7 +82,10 @@ class RDPPModel(nn.Module):
             return RDPPFeatures(teacher, noisy_teacher, projected, noisy_projected, self.student(projected))
 
         teacher = self.teacher(images)
-        student = self.student(self.project(teacher))
+        projected = self.project(teacher)
+        student = self.student(projected)
+        if self.training:
+            return RDPPFeatures(teacher, [], projected, [], student)
         return self.anomaly_map_generator(teacher, student, images.shape[-2:])
 
     def project(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
