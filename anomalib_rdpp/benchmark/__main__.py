@@ -1,9 +1,11 @@
 """Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy CONFIG.yaml --output results/accuracy.csv``."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from .accuracy import run_accuracy
+from .report import accuracy_table
 
 
 def main() -> None:
@@ -14,7 +16,12 @@ def main() -> None:
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
     accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
+    report = commands.add_parser("report", help="print a Markdown table of such a CSV")
+    report.add_argument("csv", type=Path)
     arguments = parser.parse_args()
+    if arguments.command == "report":
+        sys.stdout.write(f"{accuracy_table(arguments.csv)}\n")
+        return
     try:
         index, count = map(int, arguments.shard.split("/"))
     except ValueError:
