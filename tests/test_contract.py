@@ -12,9 +12,10 @@ from anomalib.data import ImageBatch
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.models import get_model
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
-MODELS = ["RDPP"]
+MODELS = ["RDPP", "AAND"]
 TINY = {"backbone": "resnet18", "pre_trained": False}
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -98,7 +99,7 @@ def test_resumed_training_goes_on(model, tiny_data, tmp_path):
 
 
 def test_two_runs_with_one_seed_are_equal(name, tiny_data, tmp_path):
-    tiny_data.setup()  # draws its split once
+    tiny_data.setup(TrainerFn.FITTING)  # draws its split once
     states = []
     for _ in range(2):
         torch.manual_seed(3)
@@ -130,18 +131,21 @@ def test_onnx_and_openvino_answer_as_torch_does(name, size, tmp_path):
         images = torch.rand(batch, 3, *size)
         with torch.no_grad():
             expected = model(images)._asdict()
-        answers = dict(zip([out.name for out in session.get_outputs()], session.run(None, {"input": images.numpy()})))
+        names = [output.name for output in session.get_outputs()]
+        answers = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
         for answer in (answers, {out.any_name: value for out, value in compiled(images.numpy()).items()}):
             for key in ("anomaly_map", "pred_score"):
                 np.testing.assert_allclose(answer[key], expected[key].numpy(), atol=1e-4, err_msg=key)
 
 
 @pytest.mark.parametrize("compression", [None, CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_PTQ])
-def test_engine_exports_openvino_that_the_inferencer_reads(model, tiny_data, tmp_path, compression):
+def test_engine_exports_openvino_that_the_inferencer_reads(model, tiny_data, tmp_path, compression, monkeypatch):
     randomize(model)
     run = engine(tmp_path)
-    path = run.export(model, ExportType.OPENVINO, compression_type=compression, datamodule=tiny_data, input_size=(64, 64))
+    compressed = {"compression_type": compression, "datamodule": tiny_data}
+    path = run.export(model, ExportType.OPENVINO, input_size=(64, 64), **compressed)
     image = next(iter((Path(tiny_data.root) / "test/square").glob("*.png")))
+    monkeypatch.chdir(tmp_path)  # the inferencer keeps its cache where it runs
     prediction = OpenVINOInferencer(path).predict(image)
     assert np.isfinite(prediction.anomaly_map).all()
     assert 0 <= float(np.squeeze(prediction.pred_score)) <= 1

@@ -40,12 +40,14 @@ def python(code, *, executable=sys.executable, **environment):
         {"class_path": "RDPP", "init_args": INIT},
         {"class_path": "anomalib.models.RDPP", "init_args": INIT},
         {"class_path": "anomalib_rdpp.RDPP", "init_args": INIT},
+        "aand",
+        {"class_path": "anomalib_rdpp.AAND", "init_args": INIT},
     ],
     ids=str,
 )
-def test_get_model_finds_rdpp(specification):
+def test_get_model_finds_ours(specification):
     arguments = INIT if isinstance(specification, str) else {}
-    assert isinstance(get_model(specification, **arguments), anomalib_rdpp.RDPP)
+    assert isinstance(get_model(specification, **arguments), anomalib_rdpp.RDPP | anomalib_rdpp.AAND)
 
 
 def test_registration_is_idempotent():
@@ -54,7 +56,7 @@ def test_registration_is_idempotent():
     assert anomalib.models.__all__ == before
     assert len(set(before)) == len(before)
     assert "anomalib_rdpp" in ALLOWED_MODULES
-    assert "RDPP" in list_models("pascal")
+    assert {"RDPP", "AAND"} <= list_models("pascal")
 
 
 def test_another_host_version_is_named(monkeypatch):
@@ -63,7 +65,9 @@ def test_another_host_version_is_named(monkeypatch):
         register()
 
 
-@pytest.mark.parametrize("first", ["anomalib.engine", "anomalib.data", "anomalib.models.image.patchcore", "anomalib_rdpp"])
+@pytest.mark.parametrize(
+    "first", ["anomalib.engine", "anomalib.data", "anomalib.models.image.patchcore", "anomalib_rdpp"]
+)
 def test_editable_install_registers_whatever_is_imported_first(first):
     run = python(f"import {first}; {PROBE}")
     assert run.stdout.strip() == "True", run.stderr

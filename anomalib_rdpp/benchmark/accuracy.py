@@ -22,6 +22,7 @@ from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max")
 COLUMNS = (
     "data", "model", "seed", "epochs", "steps", "train_images", "test_images", "image_size", "batch_size",
     *METRICS,
-    "fit_seconds", "test_seconds", "peak_memory_mib", "trained_parameters", "anomalib", "torch", "commit", "device", "error",
+    "fit_seconds", "test_seconds", "peak_memory_mib", "parameters", "anomalib", "torch", "commit", "device", "error",
 )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, fold
         "fit_seconds": round(fitted - start),
         "test_seconds": round(time.perf_counter() - fitted),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,  # of the process so far
-        "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "parameters": sum(p.numel() for p in module.parameters()),
         "device": f"{engine.trainer.strategy.root_device} {platform.machine()}",
     }
 
@@ -123,7 +124,7 @@ def _datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
         **part.get("init_args", {}),
     }
     datamodule = get_datamodule({"class_path": part["class_path"], "init_args": init_args})
-    datamodule.setup()
+    datamodule.setup(TrainerFn.FITTING)  # as the trainer does: else it would set up again, and forget the part
     for split, step in (("train", part.get("train_every", 1)), ("test", part.get("test_every", 1))):
         dataset = getattr(datamodule, f"{split}_data")
         in_name_order = dataset.samples["image_path"].sort_values().index

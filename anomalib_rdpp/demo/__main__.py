@@ -1,0 +1,271 @@
+"""RD++ from end to end on generated images: ``python -m anomalib_rdpp.demo [--output demo_results] [--seed 0]``."""
+# ruff: noqa: T201  a demo talks
+
+import argparse
+import csv
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from anomalib.data import Folder
+from anomalib.data.utils import read_image, read_mask
+from anomalib.deploy import ExportType, OpenVINOInferencer
+from anomalib.engine import Engine
+from anomalib.metrics import AUPRO, AUROC, Evaluator
+from anomalib.post_processing import PostProcessor
+from huggingface_hub import constants, try_to_load_from_cache
+from lightning import seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
+from matplotlib import pyplot as plt
+
+from anomalib_rdpp import RDPP
+
+from .surfaces import DEFECTS, make_surfaces
+
+BACKBONE = "resnet18.tv_in1k"
+TOLERANCE = 1e-4  # between torch and OpenVINO, relative to the range of the maps
+
+
+class Prediction(NamedTuple):
+    """One test image and what torch says of it."""
+
+    kind: str
+    image: np.ndarray  # (H, W, 3) in [0, 1]
+    mask: np.ndarray  # (H, W), True where defective
+    anomaly_map: np.ndarray  # (H, W)
+    score: float
+
+
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 0,
+    epochs: int = 14,
+    size: int = 128,
+    train: int = 60,
+    test: int = 40,
+    pre_trained: bool = True,
+) -> dict[str, float | str]:
+    """Generate images, train and test RD++, draw heat maps, export, compare OpenVINO with torch.
+
+    Args:
+        output: Folder for everything.
+        seed: Of data and training.
+        epochs: Length of the training; the last epoch is tested.
+        size: Side of the images in pixels, a multiple of 32.
+        train: Training images.
+        test: Test images, half of them defective. Half as many again are drawn to set the thresholds on.
+        pre_trained: Take ImageNet weights for the teacher if they can be had.
+
+    Returns:
+        The results by name, also written to ``results.csv``.
+    """
+    start = time.perf_counter()
+    seed_everything(seed, workers=True, verbose=False)
+    print(f"1/5 Drawing {train} training and {test + test // 2} test images of woven cloth ...", flush=True)
+    make_surfaces(output / "data", train=train, good=test * 3 // 4, defective=test * 3 // 4, size=size, seed=seed)
+    datamodule = _datamodule(output / "data", seed)
+
+    model, teacher = _model(size, pre_trained)
+    engine = Engine(
+        max_epochs=epochs,
+        default_root_dir=output,
+        check_val_every_n_epoch=epochs,  # once, to set the thresholds
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=False,
+        enable_model_summary=False,
+        callbacks=[TQDMProgressBar()],  # shows in a file or pipe too
+    )
+    print(f"2/5 Training RD++ for {epochs} epochs ...", flush=True)
+    engine.fit(model, datamodule=datamodule)
+    print("3/5 Testing ...", flush=True)
+    metrics = engine.test(model, datamodule=datamodule, verbose=False)[0]
+
+    print("4/5 Exporting to OpenVINO ...", flush=True)
+    exported = engine.export(model, ExportType.OPENVINO, output, input_size=(size, size))
+    print("5/5 Comparing OpenVINO with torch, drawing heat maps ...", flush=True)
+    predictions, difference = _compare(model, exported, datamodule)
+    _draw(predictions, model.post_processor, output / "heat_maps")
+
+    results = {
+        "teacher": teacher,
+        "image AUROC": round(metrics["image_AUROC"], 4),
+        "pixel AUROC": round(metrics["pixel_AUROC"], 4),
+        "AUPRO": round(metrics["pixel_AUPRO"], 4),
+        "OpenVINO - torch": difference,
+        "seconds": round(time.perf_counter() - start),
+        "seed": seed,
+        "epochs": epochs,
+        "train images": len(datamodule.train_data),
+        "test images": len(datamodule.test_data),
+        "images for thresholds": len(datamodule.val_data),
+    }
+    places = {
+        "heat maps": output / "heat_maps",
+        "images and masks": output / "data",
+        "checkpoint": engine.best_model_path,
+        "OpenVINO model": exported,
+        "these results": output / "results.csv",
+    }
+    _report(results, places)
+    return results
+
+
+def _datamodule(root: Path, seed: int) -> Folder:
+    """Read the data set. A third of the test images sets the thresholds and is left out of the metrics."""
+    return Folder(
+        name="cloth",
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{defect}" for defect in DEFECTS],
+        mask_dir=[f"ground_truth/{defect}" for defect in DEFECTS],
+        train_batch_size=8,
+        eval_batch_size=8,
+        num_workers=0,
+        val_split_mode="from_test",
+        val_split_ratio=1 / 3,
+        seed=seed,
+    )
+
+
+def _model(size: int, pre_trained: bool) -> tuple[RDPP, str]:
+    """Build RD++, with a random teacher where ImageNet weights can't be had; say which."""
+
+    def build(pre_trained: bool) -> RDPP:
+        return RDPP(
+            backbone=BACKBONE,
+            pre_trained=pre_trained,
+            pre_processor=RDPP.configure_pre_processor((size, size)),
+            # Raw maps: normalised ones are clamped, which hides differences and makes ties in the metrics.
+            post_processor=PostProcessor(enable_normalization=False),
+            evaluator=Evaluator(
+                test_metrics=[
+                    AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                    AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
+                    AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
+                ],
+            ),
+            visualizer=False,
+        )
+
+    if pre_trained and _weights_are_at_hand():
+        try:
+            return build(pre_trained=True), "ImageNet"
+        except OSError as error:  # what a broken download raises
+            print(f"    The download failed: {error}")
+    print("    RANDOM TEACHER: no ImageNet weights here, so the figures below are lower than those of real use.")
+    return build(pre_trained=False), "RANDOM"
+
+
+def _weights_are_at_hand() -> bool:
+    """Look into the cache, then for the server: timm alone would try for a minute before it gives up."""
+    if isinstance(try_to_load_from_cache(f"timm/{BACKBONE}", "model.safetensors"), str):
+        return True
+    if constants.is_offline_mode():
+        return False
+    try:
+        with urlopen(constants.ENDPOINT, timeout=5):  # noqa: S310  https, or what the user named in HF_ENDPOINT
+            return True
+    except OSError:
+        return False
+
+
+@torch.no_grad()
+def _compare(model: RDPP, exported: Path, datamodule: Folder) -> tuple[list[Prediction], float]:
+    """Run torch and OpenVINO on each test image.
+
+    Returns:
+        Torch's predictions and the largest difference of any pixel or score, relative to the range of the maps.
+    """
+    # Single precision as in torch: OpenVINO takes bfloat16 by itself where the CPU has it.
+    openvino = OpenVINOInferencer(exported, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    model.eval()
+    predictions, differences = [], []
+    for sample in datamodule.test_data.samples.sort_values("image_path").itertuples():
+        image = read_image(sample.image_path, as_tensor=True)
+        ours = model(image.unsqueeze(0).to(model.device))
+        theirs = openvino.predict(image)
+        anomaly_map, score = ours.anomaly_map.squeeze().cpu().numpy(), float(ours.pred_score)
+        differences += [np.abs(anomaly_map - theirs.anomaly_map.squeeze()).max(), abs(score - theirs.pred_score.item())]
+        mask = read_mask(sample.mask_path) > 0 if sample.label_index else np.zeros(anomaly_map.shape, dtype=bool)
+        kind = Path(sample.image_path).parent.name
+        predictions.append(Prediction(kind, image.permute(1, 2, 0).numpy(), mask, anomaly_map, score))
+    maps = np.stack([prediction.anomaly_map for prediction in predictions])
+    return predictions, float(max(differences) / (maps.max() - maps.min()))
+
+
+def _draw(predictions: list[Prediction], thresholds: PostProcessor, folder: Path) -> None:
+    """Write a sheet of each kind of image, and one with an example of every kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {kind: [p for p in predictions if p.kind == kind] for kind in ("good", *DEFECTS)}
+    low = float(np.median([p.anomaly_map for p in predictions]))
+    pixel, image = float(thresholds.pixel_threshold), float(thresholds.image_threshold)
+    for name, rows in {"overview": [p for ps in kinds.values() for p in ps[:1]], **kinds}.items():
+        if rows:
+            _sheet(rows[:10], (low, pixel, image), folder / f"{name}.png")
+
+
+def _sheet(rows: Sequence[Prediction], levels: tuple[float, float, float], path: Path) -> None:
+    """Draw a row per image; one colour scale for all sheets."""
+    low, pixel, image = levels
+    figure, axes = plt.subplots(len(rows), 4, figsize=(10, 2.6 * len(rows)), squeeze=False, layout="constrained")
+    for axis, title in zip(axes[0], ("image", "defect (truth)", "heat map", "truth green, found red"), strict=True):
+        axis.annotate(title, (0.5, 1.16), xycoords="axes fraction", ha="center", weight="bold")
+    for row, p in zip(axes, rows, strict=True):
+        verdict = "defective" if p.score > image else "good"
+        row[0].set_title(p.kind.replace("_", " "), fontsize=9)
+        row[2].set_title(f"score {p.score:.2f}, limit {image:.2f}: {verdict}", fontsize=9)
+        row[0].imshow(p.image)
+        row[1].imshow(p.mask, cmap="gray", vmin=0, vmax=1)
+        drawn = row[2].imshow(p.anomaly_map, cmap="inferno", vmin=low, vmax=low + 2 * max(pixel - low, 1e-6))
+        row[3].imshow(p.image)
+        for field, level, colour in ((p.mask, 0.5, "lime"), (p.anomaly_map, pixel, "red")):
+            if field.min() < level < field.max():
+                row[3].contour(field, [level], colors=colour, linewidths=1.2)
+        for axis in row:
+            axis.set_axis_off()
+    figure.colorbar(drawn, ax=axes, shrink=0.5, label="anomaly map (middle of the scale: limit of a pixel)")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _report(results: dict[str, float | str], places: dict[str, Path | str]) -> None:
+    """Print the tables and write the results."""
+    with Path(places["these results"]).open("w", newline="") as file:
+        csv.writer(file).writerows(results.items())
+    agrees = "agrees" if results["OpenVINO - torch"] <= TOLERANCE else "DIFFERS"
+    shown = {**results, "OpenVINO - torch": f"{results['OpenVINO - torch']:.1e} of the maps' range: {agrees}"}
+    print()
+    for table in (shown, places):
+        for name, value in table.items():
+            print(f"{name:<22} {value}")
+        print()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m anomalib_rdpp.demo", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo_results"), help="folder for everything")
+    parser.add_argument("--seed", type=int, default=0, help="of data and training, 0 or more")
+    chosen = parser.parse_args(arguments)
+    if not 0 <= chosen.seed < 2**32:
+        parser.error(f"--seed takes a number from 0 to 4294967295, got {chosen.seed}")
+    if chosen.output.exists() and not chosen.output.is_dir():
+        parser.error(f"--output takes a folder, '{chosen.output}' is a file")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)  # the host's and lightning's; what goes wrong is still raised
+    mpl.use("Agg")
+    run_demo(chosen.output, seed=chosen.seed)
+
+
+if __name__ == "__main__":
+    main()
