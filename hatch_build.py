@@ -1,4 +1,4 @@
-"""Put the configs into the wheel; an editable install has them in the repository and takes the start-up module alone."""
+"""Put the configs into the wheel; an editable install has them here and takes the start-up module alone."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """RD++ (CVPR 2023) and AAND (TIP 2026) as anomalib models.
 
-Installed beside anomalib, ``anomalib train --model RDPP`` works as typed, and ``anomalib.models.get_model("rdpp")`` too.
+Installed beside anomalib, ``anomalib train --model RDPP`` works as typed, ``get_model("rdpp")`` too.
 """
 
 import anomalib.models  # noqa: F401  first and whole: half of it would be imported by our modules otherwise

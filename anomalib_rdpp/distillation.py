@@ -138,7 +138,7 @@ def architecture(backbone: str) -> str:
     Raises:
         ValueError: If there is no decoder for this architecture.
     """
-    name = backbone.split(".")[0]
+    name = backbone.split(".", maxsplit=1)[0]
     if name not in CHANNELS:
         msg = f"Backbone '{backbone}' has no decoder; choose one of {', '.join(CHANNELS)}, with or without timm tag."
         raise ValueError(msg)
@@ -152,7 +152,9 @@ def check_images(images: torch.Tensor) -> None:
         ValueError: If ``images`` is not ``(B, 3, H, W)`` with H and W multiples of 32.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        msg = f"Expected RGB images of shape (B, 3, H, W), got {tuple(images.shape)}; repeat a grey channel three times."
+        msg = (
+            f"Expected RGB images of shape (B, 3, H, W), got {tuple(images.shape)}; repeat a grey channel three times."
+        )
         raise ValueError(msg)
     if images.shape[-2] % STRIDE or images.shape[-1] % STRIDE:
         height, width = (max(STRIDE, round(side / STRIDE) * STRIDE) for side in images.shape[-2:])

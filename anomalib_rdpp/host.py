@@ -91,6 +91,10 @@ class DistillationMixin:
                     f"build it with {name}={theirs}."
                 )
                 raise ValueError(msg)
+        # The host stores buffers of metrics (AUPRO has one) but not the evaluator, and then fails to load them.
+        state, own = checkpoint.get("state_dict", {}), self.state_dict()
+        for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
+            del state[name]
         super().on_load_checkpoint(checkpoint)
 
     @classmethod

@@ -1,7 +1,7 @@
 """Make our models anomalib models: found by name, by class path, in lists and by the command line.
 
-The host looks models up among the subclasses of ``AnomalibModule``, among the attributes of ``anomalib.models`` and, for
-class paths, in ``ALLOWED_MODULES``. Made for and tested with anomalib 2.7.
+The host looks models up among the subclasses of ``AnomalibModule``, among the attributes of ``anomalib.models`` and,
+for class paths, in ``ALLOWED_MODULES``. Made for and tested with anomalib 2.7.
 """
 
 import warnings
@@ -18,8 +18,8 @@ def register() -> None:
 
     if not version("anomalib").startswith(f"{HOST_VERSION}."):
         warnings.warn(
-            f"anomalib-rdpp was made for anomalib {HOST_VERSION}, this is {version('anomalib')}: if its models misbehave, "
-            f'install "anomalib>={HOST_VERSION},<2.8".',
+            f"anomalib-rdpp was made for anomalib {HOST_VERSION}, this is {version('anomalib')}: if its models "
+            f'misbehave, install "anomalib>={HOST_VERSION},<2.8".',
             stacklevel=2,
         )
     for name in anomalib_rdpp.MODELS:

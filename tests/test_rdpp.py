@@ -289,7 +289,10 @@ def test_normalising_pre_processor_is_refused():
 
 def saved(tmp_path, backbone="resnet18", name="teacher.pt"):
     network = TimmFeatureExtractor(backbone, ["layer1", "layer2", "layer3"], pre_trained=False).feature_extractor
-    state = {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    state = {
+        key: torch.rand_like(value) if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
     path = tmp_path / name
     (save_file if path.suffix == ".safetensors" else torch.save)({**state, "fc.weight": torch.rand(2, 2)}, path)
     return path, state

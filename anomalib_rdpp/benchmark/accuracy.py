@@ -38,8 +38,9 @@ def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1)) ->
     """Run the rows of a grid that ``output`` doesn't hold yet.
 
     Args:
-        config: YAML with ``models`` and ``data`` (each a mapping from a name to ``class_path`` and ``init_args``; data also
-            ``epochs`` and, to take a part, ``train_every`` and ``test_every``), ``seeds``, ``image_size``, ``batch_size``.
+        config: YAML with ``models`` and ``data`` (each a mapping from a name to ``class_path`` and ``init_args``; data
+            also ``epochs`` and, to take a part, ``train_every`` and ``test_every``), ``seeds``, ``image_size`` and
+            ``batch_size``.
         output: CSV file, appended to; its folder also takes the checkpoints.
         shard: ``(i, n)`` runs every n-th row from the i-th, so that machines can share a grid.
 

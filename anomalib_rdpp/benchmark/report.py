@@ -25,7 +25,9 @@ def accuracy_table(path: Path) -> str:
     rows = pd.read_csv(path)
     metrics = [metric for metric in METRICS if rows[metric].notna().any()]
     lines = [
-        "| data | model | seeds | epochs | steps | " + " | ".join(name.replace("_", " ") for name in metrics) + " | fit s |",
+        "| data | model | seeds | epochs | steps | "
+        + " | ".join(name.replace("_", " ") for name in metrics)
+        + " | fit s |",
         "|" + "---|" * (len(metrics) + 6),
     ]
     for (data, model), runs in rows.groupby(["data", "model"], sort=False):
@@ -34,6 +36,8 @@ def accuracy_table(path: Path) -> str:
         cells = [f"{100 * good[metric].mean():.1f} ± {100 * good[metric].std():.1f}" for metric in metrics]
         numbers = [f"{good[name].median():.0f}" for name in ("epochs", "steps")]
         lines.append(
-            f"| {data} | {model} | {len(good)}{failed} | " + " | ".join([*numbers, *cells]) + f" | {good['fit_seconds'].median():.0f} |"
+            f"| {data} | {model} | {len(good)}{failed} | "
+            + " | ".join([*numbers, *cells])
+            + f" | {good['fit_seconds'].median():.0f} |"
         )
     return "\n".join(lines)

@@ -47,7 +47,7 @@ def run_demo(
     output: Path,
     *,
     seed: int = 0,
-    epochs: int = 14,
+    epochs: int = 20,
     size: int = 128,
     train: int = 60,
     test: int = 40,

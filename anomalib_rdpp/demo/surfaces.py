@@ -95,14 +95,14 @@ class Cloth:
     @classmethod
     def draw(cls, generator: np.random.Generator, size: int) -> "Cloth":
         """Draw a cloth with its own angle, phase, tension and yarn."""
-        rows, columns = np.mgrid[:size, :size] * (THREADS / size * generator.uniform(0.97, 1.03))
-        angle = generator.normal(0, 0.03)
+        rows, columns = np.mgrid[:size, :size] * (THREADS / size * generator.uniform(0.985, 1.015))
+        angle = generator.normal(0, 0.015)
         phase = generator.uniform(10, 20, 2)
-        tension = [0.12 * _clouds(generator, size, size / 5) for _ in range(2)]
+        tension = [0.06 * _clouds(generator, size, size / 5) for _ in range(2)]
         across = columns * np.cos(angle) + rows * np.sin(angle) + phase[0] + tension[0]
         along = rows * np.cos(angle) - columns * np.sin(angle) + phase[1] + tension[1]
-        thickness = np.clip(generator.normal(0.92, 0.05, (2, 64)), 0.78, 1.0)
-        shade = generator.normal(1, 0.03, (2, 64))
+        thickness = np.clip(generator.normal(0.92, 0.03, (2, 64)), 0.8, 1.0)
+        shade = generator.normal(1, 0.02, (2, 64))
         noise = generator.normal(0, 1, (2, 256, 256))
         fibre = np.stack(
             [
@@ -135,12 +135,12 @@ class Cloth:
 
 
 def _missing_thread(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) -> np.ndarray:
-    """Leave out two neighbouring weft threads over a third to two thirds of the width."""
+    """Leave out three neighbouring weft threads over a third to two thirds of the width."""
     row, column = _place(generator, len(faultless))
     half = generator.uniform(0.17, 0.33) * THREADS
     threads = np.floor(cloth.along) - np.floor(cloth.along[row, column])
     near = np.abs(cloth.across - cloth.across[row, column]) < half
-    return cloth.weave(missing=near & np.isin(threads, (0, 1)))
+    return cloth.weave(missing=near & np.isin(threads, (0, 1, 2)))
 
 
 def _hole(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) -> np.ndarray:
@@ -162,9 +162,9 @@ def _stain(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) 
 
 def _scratch(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) -> np.ndarray:
     """Rub a line into the surface: torn fibres, pale and rough."""
-    line = _curve(generator, len(faultless), generator.uniform(0.3, 0.5), 0.15, 0.011)
+    line = _curve(generator, len(faultless), generator.uniform(0.3, 0.5), 0.15, 0.014)
     rubbed = line * np.clip(0.7 + 0.3 * cloth.fibre.mean(axis=0), 0, 1)
-    return faultless + rubbed[..., None] * (np.array([0.80, 0.78, 0.74]) - faultless) * 0.75
+    return faultless + rubbed[..., None] * (np.array([0.90, 0.88, 0.84]) - faultless) * 0.9
 
 
 def _lint(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) -> np.ndarray:

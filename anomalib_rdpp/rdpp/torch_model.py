@@ -4,6 +4,7 @@ Source: Tien et al., Revisiting Reverse Distillation for Anomaly Detection, CVPR
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -109,8 +110,12 @@ class Projection(nn.Sequential):
         super().__init__(
             *(
                 layer
-                for width_in, width_out in zip(widths[:-1], widths[1:], strict=True)
-                for layer in (nn.Conv2d(width_in, width_out, 3, padding=1), nn.InstanceNorm2d(width_out), nn.LeakyReLU())
+                for width_in, width_out in pairwise(widths)
+                for layer in (
+                    nn.Conv2d(width_in, width_out, 3, padding=1),
+                    nn.InstanceNorm2d(width_out),
+                    nn.LeakyReLU(),
+                )
             ),
         )
 

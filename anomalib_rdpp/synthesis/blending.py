@@ -103,8 +103,8 @@ class TextureAnomalies(nn.Module):
             foreground.
 
         Raises:
-            ValueError: If the images have not three channels, a texture can't be read, or a mask is missing, unreadable or
-                of another size than its image.
+            ValueError: If the images have not three channels, a texture can't be read, or a mask is missing, unreadable
+                or of another size than its image.
         """
         check_images(images)
         with torch.autocast(images.device.type, enabled=False):
