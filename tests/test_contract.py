@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import pandas as pd
 import pytest
 import torch
+import yaml
 from anomalib.data import ImageBatch
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
@@ -205,3 +207,22 @@ def test_every_config_is_parsed_by_the_real_command_line(config):
     from anomalib.cli import AnomalibCLI
 
     AnomalibCLI(args=["train", "--config", str(config)], run=False)
+
+
+def test_benchmark_pipeline_takes_ours_beside_the_hosts(tiny_folder, tmp_path):
+    folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
+    data = {"name": "tiny", "root": str(tiny_folder), "mask_dir": "ground_truth/square", "num_workers": 0, **folders}
+    grid = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 0,
+            "model": {"class_path": {"grid": [*MODELS, "Patchcore"]}, "init_args": TINY},
+            "data": {"class_path": "Folder", "init_args": data},
+        },
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    run = anomalib("benchmark", "--config", "grid.yaml", cwd=tmp_path, PL_TRAINER_MAX_EPOCHS="1")
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = pd.read_csv(next(tmp_path.rglob("results.csv")))
+    assert list(rows["model.class_path"]) == [*MODELS, "Patchcore"]
+    assert rows["image_AUROC"].between(0, 1).all()

@@ -1,7 +1,8 @@
 """Accuracy of models on equal terms: models x data x seeds, one CSV row each, written as soon as it is known.
 
 Protocol: a fixed number of epochs, the last one is tested once; no validation, no early stopping, nothing is chosen on
-test data. A row that is in the CSV is not run again, a run that fails becomes a row with its error.
+test data. A row that is in the CSV is not run again; a run that fails becomes a row with its error, to be deleted by whoever
+wants it run again.
 """
 
 import csv
