@@ -21,4 +21,4 @@ test-all: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_results
+	rm -rf .venv build dist demo_results openvino_cache

@@ -66,7 +66,8 @@ class AnomalyMapGenerator(nn.Module):
             torch.from_numpy(enlarging_matrix(small, large, self.sigma)).to(distance.device)
             for small, large in zip(distance.shape[-2:], image_size, strict=True)
         )
-        return rows @ distance @ columns.T
+        # Constants stay on the right, where OpenVINO takes them for weights.
+        return ((distance @ columns.T).transpose(1, 2) @ rows.T).transpose(1, 2)
 
 
 @lru_cache

@@ -174,7 +174,10 @@ def load_teacher_weights(network: nn.Module, path: Path) -> None:
     try:
         stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        msg = f"'{path}' is no readable state dict; is it complete, and saved with torch.save or safetensors? ({error})"
+        msg = (
+            f"'{path}' is no readable state dict: it is damaged, incomplete or holds more than tensors. Save the "
+            "network's state_dict() with torch.save or safetensors, or fetch the file again."
+        )
         raise ValueError(msg) from error
     expected = network.state_dict()
     counters = {name for name in expected if name.endswith("num_batches_tracked")}
@@ -182,7 +185,7 @@ def load_teacher_weights(network: nn.Module, path: Path) -> None:
         name
         for name, value in expected.items()
         if name not in counters
-        and (not isinstance(stored, dict) or name not in stored or stored[name].shape != value.shape)
+        and (not isinstance(stored, dict) or getattr(stored.get(name), "shape", None) != value.shape)
     ]
     if wrong:
         msg = (

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -17,6 +16,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_rdpp.distillation import architecture
 
+SLACK = 0.05  # resizing and augmentations may overshoot a little
 STRUCTURE = {"backbone", "projection", "gate", "fixed_scale"}  # arguments that the shapes in a checkpoint depend on
 
 
@@ -52,7 +52,8 @@ class DistillationMixin:
         super().setup(stage)
         # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want.
         warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`")
-        if self.pre_processor and extract_transforms_by_type(self.pre_processor.transform, Normalize):
+        transform = getattr(self.pre_processor, "transform", None)
+        if transform is not None and extract_transforms_by_type(transform, Normalize):
             msg = (
                 f"The pre-processor of {self.name} contains Normalize, but the model normalises by itself and adds its "
                 "synthetic anomalies to pixels in [0, 1]; take Normalize out of the transform."
@@ -60,17 +61,23 @@ class DistillationMixin:
             raise ValueError(msg)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Refuse images with NaN or infinity while they are still on the CPU.
+        """Refuse images with pixels outside of [0, 1] while they are still on the CPU.
 
         Raises:
-            ValueError: If a pixel is not finite; names the files.
+            ValueError: If a pixel is NaN, infinite or out of range; names the files.
         """
         del dataloader_idx
         image = getattr(batch, "image", None)
-        if image is not None and not torch.isfinite(image).all():
-            bad = [i for i, pixels in enumerate(image) if not torch.isfinite(pixels).all()]
-            names = [batch.image_path[i] for i in bad] if getattr(batch, "image_path", None) else bad
-            msg = f"Pixels are NaN or infinite in {names}; remove or repair these images (pixels must be in [0, 1])."
+        if image is None or image.device.type != "cpu":
+            return batch
+        is_bad = [not (float(pixels.min()) >= -SLACK and float(pixels.max()) <= 1 + SLACK) for pixels in image]
+        if any(is_bad):
+            paths = getattr(batch, "image_path", None) or range(len(image))
+            names = [path for path, bad in zip(paths, is_bad, strict=True) if bad]
+            msg = (
+                f"Pixels are NaN or infinite or outside of [0, 1] in {names}: remove or repair these images, and take "
+                "Normalize out of the augmentations; the model normalises by itself."
+            )
             raise ValueError(msg)
         return batch
 
@@ -95,6 +102,7 @@ class DistillationMixin:
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
+        state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
         super().on_load_checkpoint(checkpoint)
 
     @classmethod

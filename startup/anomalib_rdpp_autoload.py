@@ -12,28 +12,43 @@ HOST = "anomalib.models"
 
 
 class RegisterAfterImport:
-    """Import hook that lets others find ``anomalib.models`` and runs our registration behind it."""
+    """Import hook that lets the finders behind it find ``anomalib.models`` and wraps the loader that they give."""
 
-    def find_spec(self, name, path=None, target=None):  # noqa: ANN001, ANN201, ARG002
-        """Wrap the loader of ``anomalib.models``; leave every other module alone."""
-        if name != HOST:
+    def find_spec(self, name, path=None, target=None):  # noqa: ANN001, ANN201
+        """Find ``anomalib.models``; leave every other module alone."""
+        if name != HOST or self not in sys.meta_path:
             return None
-        for finder in sys.meta_path:
-            spec = finder.find_spec(name, path) if finder is not self and hasattr(finder, "find_spec") else None
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            find = getattr(finder, "find_spec", None)
+            spec = find(name, path, target) if find else None
             if spec is not None:
-                break
-        else:
-            return None
-        execute = spec.loader.exec_module
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = RegisteringLoader(spec.loader, self)
+                return spec
+        return None
 
-        def execute_and_register(module) -> None:  # noqa: ANN001
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            register()
 
-        spec.loader.exec_module = execute_and_register
-        return spec
+class RegisteringLoader:
+    """Loader that hands everything to the one it wraps and registers our models behind it."""
+
+    def __init__(self, loader, finder) -> None:  # noqa: ANN001
+        self.loader = loader
+        self.finder = finder
+
+    def __getattr__(self, name):  # noqa: ANN001, ANN204
+        return getattr(self.loader, name)
+
+    def create_module(self, spec):  # noqa: ANN001, ANN201
+        """Create what the wrapped loader creates."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module) -> None:  # noqa: ANN001
+        """Execute the host's module, then register; once."""
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        register()
 
 
 def register() -> None:
@@ -43,11 +58,14 @@ def register() -> None:
     except Exception as error:  # noqa: BLE001  the host must start, whatever is wrong with us
         import warnings
 
-        warnings.warn(
+        message = (
             f"anomalib-rdpp could not register its models ({type(error).__name__}: {error}); anomalib works without "
-            "them. Reinstall anomalib-rdpp, or set ANOMALIB_RDPP_AUTOLOAD=0 to silence this.",
-            stacklevel=2,
+            "them. Reinstall anomalib-rdpp, or set ANOMALIB_RDPP_AUTOLOAD=0 to silence this."
         )
+        try:
+            warnings.warn(message, stacklevel=2)
+        except Warning:  # python -W error
+            sys.stderr.write(f"{message}\n")
 
 
 if os.environ.get("ANOMALIB_RDPP_AUTOLOAD") != "0":

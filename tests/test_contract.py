@@ -144,7 +144,7 @@ def test_engine_exports_openvino_that_the_inferencer_reads(model, tiny_data, tmp
     randomize(model)
     run = engine(tmp_path)
     compressed = {"compression_type": compression, "datamodule": tiny_data}
-    path = run.export(model, ExportType.OPENVINO, input_size=(64, 64), **compressed)
+    path = run.export(model, ExportType.OPENVINO, **compressed)
     image = next(iter((Path(tiny_data.root) / "test/square").glob("*.png")))
     monkeypatch.chdir(tmp_path)  # the inferencer keeps its cache where it runs
     prediction = OpenVINOInferencer(path).predict(image)
@@ -206,7 +206,7 @@ def test_command_line_trains_by_name_then_exports(name, tiny_folder, tmp_path):
 def test_every_config_is_parsed_by_the_real_command_line(config):
     from anomalib.cli import AnomalibCLI
 
-    AnomalibCLI(args=["train", "--config", str(config)], run=False)
+    AnomalibCLI(args=["train", "--config", str(config), "--model.pre_trained", "false"], run=False)
 
 
 def test_benchmark_pipeline_takes_ours_beside_the_hosts(tiny_folder, tmp_path):

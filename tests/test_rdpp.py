@@ -229,7 +229,7 @@ def test_noise_fits_an_image_smaller_than_its_patches():
         ({"layers": ["layer1", "layer2", "layer9"]}, "use layer1, layer2, layer3"),
         ({"layers": ["layer2", "layer3", "layer4"]}, "don't fit the bottleneck"),
         ({"layers": ["layer3", "layer2", "layer1"]}, "don't fit the bottleneck"),
-        ({"projection_weight": -1.0}, "projection_weight must be 0 or more, got -1.0"),
+        ({"projection_weight": -1.0}, "projection_weight must be 0 or more and finite, got -1.0"),
         ({"contrast_weight": float("nan")}, "contrast_weight must be 0 or more"),
         ({"transport": "sinkhorn"}, "transport must be one of paper, published, got 'sinkhorn'"),
         ({"transport_positions": 0}, "transport_positions must be 1 or more"),
@@ -273,9 +273,12 @@ def test_last_batch_of_one_trains(tiny_data, tmp_path):
 
 
 def test_image_with_nan_is_named():
-    batch = ImageBatch(image=torch.full((1, 3, 64, 64), float("nan")), image_path=["bad.png"])
-    with pytest.raises(ValueError, match=r"NaN or infinite in \['bad.png'\]"):
-        RDPP(**TINY).on_before_batch_transfer(batch, 0)
+    for value in (float("nan"), float("inf"), 200.0, -2.0):
+        images = torch.rand(2, 3, 64, 64)
+        images[1, 0, 5, 5] = value
+        batch = ImageBatch(image=images, image_path=["good.png", "bad.png"])
+        with pytest.raises(ValueError, match=r"outside of \[0, 1\] in \['bad.png'\]"):
+            RDPP(**TINY).on_before_batch_transfer(batch, 0)
 
 
 def test_normalising_pre_processor_is_refused():

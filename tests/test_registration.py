@@ -78,6 +78,19 @@ def test_switch_turns_the_start_up_hook_off():
     assert python(PROBE, ANOMALIB_RDPP_AUTOLOAD="0").stdout.strip() == "False"
 
 
+def test_a_second_hook_of_the_kind_does_no_harm():
+    code = f"import importlib, anomalib_rdpp_autoload as hook; importlib.reload(hook); {PROBE}"
+    assert python(code).stdout.strip() == "True"
+
+
+def test_hook_leaves_a_loader_that_it_does_not_know_alone():
+    code = (
+        "import sys, types, anomalib_rdpp_autoload as hook; sys.meta_path[1:] = [types.SimpleNamespace(find_spec="
+        "lambda *a: types.SimpleNamespace(loader=None))]; print(sys.meta_path[0].find_spec('anomalib.models').loader)"
+    )
+    assert python(code).stdout.strip() == "None"
+
+
 def test_interpreter_start_imports_nothing_but_the_hook():
     code = "import sys; print([m for m in sys.modules if m.split('.')[0] in ('anomalib', 'anomalib_rdpp', 'torch')])"
     assert python(code).stdout.strip() == "[]"
@@ -135,7 +148,12 @@ def test_broken_package_costs_one_warning(fresh_python):
     run = python(PROBE, executable=fresh_python)
     assert run.returncode == 0
     assert run.stdout.strip() == "False"
-    assert run.stderr.count("could not register its models (RuntimeError: broken on purpose)") == 1
+    warning = "could not register its models (RuntimeError: broken on purpose)"
+    assert run.stderr.count(warning) == 1
+    strict = "import warnings; import anomalib; warnings.simplefilter('error', UserWarning)"
+    run = python(f"{strict}; {PROBE}", executable=fresh_python)
+    assert run.stdout.strip() == "False", run.stderr
+    assert run.stderr.count(warning) == 1
 
 
 def test_python_starts_when_the_start_up_module_is_gone(fresh_python):

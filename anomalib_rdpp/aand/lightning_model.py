@@ -189,7 +189,7 @@ def count_epochs(trainer: Trainer) -> int:
             raise ValueError(msg)
         return trainer.max_epochs
     trainer.fit_loop.setup_data()
-    steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     epochs = math.ceil(trainer.max_steps / steps)
     return epochs if trainer.max_epochs == -1 else min(epochs, trainer.max_epochs)
 

@@ -39,8 +39,8 @@ class AANDLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, weight in (("amplification_weight", amplification_weight), ("hard_weight", hard_weight)):
-            if not weight >= 0:
-                msg = f"{name} must be 0 or more, got {weight}."
+            if not 0 <= weight < float("inf"):
+                msg = f"{name} must be 0 or more and finite, got {weight}."
                 raise ValueError(msg)
         if hard_positions < 1:
             msg = f"hard_positions must be 1 or more, got {hard_positions}; for none at all set hard_weight to 0."
@@ -67,7 +67,7 @@ class AANDLoss(nn.Module):
             Each term as a scalar by its name, unweighted, and ``loss``, their weighted sum.
         """
         with torch.autocast(features.amplified[0].device.type, enabled=False):
-            features = type(features)(*([feature.float() for feature in scales] for scales in features))
+            features = type(features)(*([feature.float().contiguous() for feature in scales] for scales in features))
             if isinstance(features, AmplifierFeatures):
                 terms = {
                     "focal": focal_loss(features.gates, mask),

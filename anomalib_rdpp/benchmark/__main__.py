@@ -19,15 +19,17 @@ def main() -> None:
     report = commands.add_parser("report", help="print a Markdown table of such a CSV")
     report.add_argument("csv", type=Path)
     arguments = parser.parse_args()
-    if arguments.command == "report":
-        sys.stdout.write(f"{accuracy_table(arguments.csv)}\n")
-        return
     try:
-        index, count = map(int, arguments.shard.split("/"))
-    except ValueError:
-        parser.error(f"--shard takes i/n, 2/8 for instance, got '{arguments.shard}'")
-    for config in arguments.configs:
-        run_accuracy(config, arguments.output, (index, count))
+        if arguments.command == "report":
+            sys.stdout.write(f"{accuracy_table(arguments.csv)}\n")
+            return
+        index, _, count = arguments.shard.partition("/")
+        if not (index.isdigit() and count.isdigit()):
+            parser.error(f"--shard takes i/n, 2/8 for instance, got '{arguments.shard}'")
+        for config in arguments.configs:
+            run_accuracy(config, arguments.output, (int(index), int(count)))
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

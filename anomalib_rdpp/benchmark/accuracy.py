@@ -1,14 +1,15 @@
 """Accuracy of models on equal terms: models x data x seeds, one CSV row each, written as soon as it is known.
 
 Protocol: a fixed number of epochs, the last one is tested once; no validation, no early stopping, nothing is chosen on
-test data. A row that is in the CSV is not run again; a run that fails becomes a row with its error, to be deleted by whoever
-wants it run again.
+test data. A row that is in the CSV is not run again; a run that fails becomes a row with its error, and the next call
+tries it again.
 """
 
 import csv
 import logging
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 logger = logging.getLogger(__name__)
 
+KEY = ("data", "model", "seed", "epochs", "image_size", "batch_size")
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max")
 COLUMNS = (
     "data", "model", "seed", "epochs", "steps", "train_images", "test_images", "image_size", "batch_size",
@@ -54,12 +56,13 @@ def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1)) ->
         raise ValueError(msg)
     grid = yaml.safe_load(config.read_text())
     rows = list(_rows(grid))[index - 1 :: count]
-    done = {tuple(row[key] for key in ("data", "model", "seed")) for row in read_rows(output)}
+    done = {tuple(row[key] for key in KEY) for row in read_rows(output) if not row["error"]}
     for number, (data, model, seed) in enumerate(rows, 1):
-        if (data, model, str(seed)) in done:
+        epochs = _epochs(grid, data, model)
+        if tuple(map(str, (data, model, seed, epochs, grid["image_size"], grid["batch_size"]))) in done:
             continue
         logger.warning("row %d of %d: %s on %s, seed %d", number, len(rows), model, data, seed)
-        row = {"data": data, "model": model, "seed": seed, **_facts(grid)}
+        row = {"data": data, "model": model, "seed": seed, "epochs": epochs, **_facts(grid)}
         try:
             row |= _train_and_test(grid, data, model, seed, output.parent)
         except Exception as error:
@@ -73,7 +76,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = csv.DictReader(file, COLUMNS)
+        return [row for row in rows if None not in row.values() and row["data"] != "data"]  # whole, and no header
 
 
 def _rows(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
@@ -89,9 +93,8 @@ def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, fold
     seed_everything(seed, workers=True)
     datamodule = _datamodule(grid, data)
     module = _model(grid, model)
-    epochs = grid["models"][model].get("epochs", grid["data"][data]["epochs"])
     engine = Engine(
-        max_epochs=epochs,
+        max_epochs=_epochs(grid, data, model),
         default_root_dir=folder / data / model / str(seed),
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -102,7 +105,7 @@ def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, fold
     fitted = time.perf_counter()
     metrics = engine.test(module, datamodule=datamodule, verbose=False)[0]
     return {
-        "epochs": epochs,
+        "epochs": engine.trainer.current_epoch,
         "steps": engine.trainer.global_step,
         "train_images": len(datamodule.train_data),
         "test_images": len(datamodule.test_data),
@@ -113,6 +116,11 @@ def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, fold
         "parameters": sum(p.numel() for p in module.parameters()),
         "device": f"{engine.trainer.strategy.root_device} {platform.machine()}",
     }
+
+
+def _epochs(grid: dict[str, Any], data: str, model: str) -> int:
+    """Epochs of the model where it names its own, else of the data."""
+    return grid["models"][model].get("epochs", grid["data"][data]["epochs"])
 
 
 def _datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
@@ -157,21 +165,27 @@ def _model(grid: dict[str, Any], name: str) -> AnomalibModule:
 
 def _facts(grid: dict[str, Any]) -> dict[str, Any]:
     """What makes a row reproducible."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)  # noqa: S607
+    commit = ""
+    if git := shutil.which("git"):
+        command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
         "image_size": grid["image_size"],
         "batch_size": grid["batch_size"],
         "anomalib": version("anomalib"),
         "torch": version("torch"),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
     }
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    """Append one row, whole or not at all."""
+    """Append one row, on a line of its own even if the one before was cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    text = path.read_text() if path.exists() else ""
+    new = not text
     with path.open("a", newline="") as file:
+        if text and not text.endswith("\n"):
+            file.write("\n")
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .accuracy import METRICS
+from .accuracy import COLUMNS, KEY, METRICS, read_rows
 
 
 def accuracy_table(path: Path) -> str:
@@ -22,7 +22,9 @@ def accuracy_table(path: Path) -> str:
     if not path.is_file():
         msg = f"No results at '{path}': run `python -m anomalib_rdpp.benchmark accuracy CONFIG --output {path}` first."
         raise FileNotFoundError(msg)
-    rows = pd.read_csv(path)
+    rows = pd.DataFrame(read_rows(path), columns=COLUMNS).drop_duplicates(list(KEY), keep="last")  # retried ones
+    numbers = [*METRICS, "epochs", "steps", "fit_seconds"]
+    rows[numbers] = rows[numbers].apply(pd.to_numeric)
     metrics = [metric for metric in METRICS if rows[metric].notna().any()]
     lines = [
         "| data | model | seeds | epochs | steps | "
@@ -31,13 +33,16 @@ def accuracy_table(path: Path) -> str:
         "|" + "---|" * (len(metrics) + 6),
     ]
     for (data, model), runs in rows.groupby(["data", "model"], sort=False):
-        good = runs[runs["error"].isna()]
+        good = runs[runs["error"] == ""]
         failed = f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""
-        cells = [f"{100 * good[metric].mean():.1f} ± {100 * good[metric].std():.1f}" for metric in metrics]
-        numbers = [f"{good[name].median():.0f}" for name in ("epochs", "steps")]
-        lines.append(
-            f"| {data} | {model} | {len(good)}{failed} | "
-            + " | ".join([*numbers, *cells])
-            + f" | {good['fit_seconds'].median():.0f} |"
-        )
+        cells = [_mean_and_spread(100 * good[metric]) for metric in metrics]
+        lengths = ["-" if good.empty else f"{good[name].median():.0f}" for name in ("epochs", "steps", "fit_seconds")]
+        lines.append("| " + " | ".join([data, model, f"{len(good)}{failed}", *lengths[:2], *cells, lengths[2]]) + " |")
     return "\n".join(lines)
+
+
+def _mean_and_spread(values: pd.Series) -> str:
+    """Mean, and standard deviation where there is more than one value."""
+    if values.empty:
+        return "-"
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")

@@ -57,8 +57,8 @@ class RDPPLoss(nn.Module):
             "contrast_weight": contrast_weight,
         }
         for name, weight in self.weights.items():
-            if not weight >= 0:
-                msg = f"{name} must be 0 or more, got {weight}."
+            if not 0 <= weight < float("inf"):
+                msg = f"{name} must be 0 or more and finite, got {weight}."
                 raise ValueError(msg)
         if transport not in TRANSPORTS:
             msg = f"transport must be one of {', '.join(TRANSPORTS)}, got '{transport}'."
@@ -82,7 +82,7 @@ class RDPPLoss(nn.Module):
         """
         with torch.autocast(features.teacher[0].device.type, enabled=False):
             teacher, noisy_teacher, projected, noisy_projected, student = (
-                [feature.float() for feature in scales] for scales in features
+                [feature.float().contiguous() for feature in scales] for scales in features
             )
             terms = {"distillation": self.distillation(teacher, student)}
             if noisy_projected:

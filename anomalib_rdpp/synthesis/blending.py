@@ -134,7 +134,7 @@ class TextureAnomalies(nn.Module):
         try:
             anomaly = self.generator.generate_perturbation(*image.shape[1:], image.device, path)
         except RuntimeError as error:
-            if path is None:
+            if path is None or isinstance(error, torch.OutOfMemoryError):
                 raise
             msg = f"Texture '{path}' can't be read as JPEG or PNG; repair or remove it. ({error})"
             raise ValueError(msg) from error
