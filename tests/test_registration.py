@@ -84,10 +84,12 @@ def test_a_second_hook_of_the_kind_does_no_harm():
 
 
 def test_hook_leaves_a_loader_that_it_does_not_know_alone():
-    code = (
-        "import sys, types, anomalib_rdpp_autoload as hook; sys.meta_path[1:] = [types.SimpleNamespace(find_spec="
-        "lambda *a: types.SimpleNamespace(loader=None))]; print(sys.meta_path[0].find_spec('anomalib.models').loader)"
-    )
+    code = """
+import sys, types, anomalib_rdpp_autoload
+hook = anomalib_rdpp_autoload.RegisterAfterImport()
+sys.meta_path = [hook, types.SimpleNamespace(find_spec=lambda *_: types.SimpleNamespace(loader=None))]
+print(hook.find_spec("anomalib.models").loader)
+"""
     assert python(code).stdout.strip() == "None"
 
 
