@@ -47,7 +47,7 @@ def run_demo(
     output: Path,
     *,
     seed: int = 0,
-    epochs: int = 20,
+    epochs: int = 30,
     size: int = 128,
     train: int = 60,
     test: int = 40,

@@ -135,17 +135,17 @@ class Cloth:
 
 
 def _missing_thread(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) -> np.ndarray:
-    """Leave out three neighbouring weft threads over a third to two thirds of the width."""
+    """Leave out four neighbouring weft threads over a third to two thirds of the width."""
     row, column = _place(generator, len(faultless))
     half = generator.uniform(0.17, 0.33) * THREADS
     threads = np.floor(cloth.along) - np.floor(cloth.along[row, column])
     near = np.abs(cloth.across - cloth.across[row, column]) < half
-    return cloth.weave(missing=near & np.isin(threads, (0, 1, 2)))
+    return cloth.weave(missing=near & np.isin(threads, (0, 1, 2, 3)))
 
 
 def _hole(generator: np.random.Generator, cloth: Cloth, faultless: np.ndarray) -> np.ndarray:
     """Tear a hole of one to three threads, the ground seen through it, its rim frayed."""
-    inside = _blob(generator, len(faultless), generator.uniform(0.045, 0.07), 0.4 + 0.1 * cloth.fibre[0])
+    inside = _blob(generator, len(faultless), generator.uniform(0.06, 0.085), 0.4 + 0.1 * cloth.fibre[0])
     rim = np.clip(1 - np.abs(inside - 0.3) / 0.3, 0, 1)[..., None]
     open_ = np.clip(3 * inside - 1, 0, 1)[..., None]
     return (faultless * (1 + 0.3 * rim)) * (1 - open_) + GROUND * 1.6 * open_
