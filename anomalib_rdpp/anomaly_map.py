@@ -14,7 +14,6 @@ import torch
 from anomalib.data import InferenceBatch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
-from torch.nn import functional
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -55,7 +54,7 @@ class AnomalyMapGenerator(nn.Module):
         """
         with torch.autocast(teacher[0].device.type, enabled=False):
             anomaly_map = sum(
-                self._enlarge(1 - functional.cosine_similarity(t.float(), s.float()), image_size)
+                self._enlarge(1 - _cosine(t.float(), s.float()), image_size)
                 for t, s in zip(teacher, student, strict=True)
             )
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map.unsqueeze(1))
@@ -68,6 +67,11 @@ class AnomalyMapGenerator(nn.Module):
         )
         # Constants stay on the right, where OpenVINO takes them for weights.
         return ((distance @ columns.T).transpose(1, 2) @ rows.T).transpose(1, 2)
+
+
+def _cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Cosine along channels, ``(B, H, W)``. Torch's own divides both features first, twice the memory traffic."""
+    return (x * y).sum(dim=1) / (x.norm(dim=1) * y.norm(dim=1)).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 @lru_cache

@@ -15,13 +15,14 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_rdpp.distillation import architecture
+from anomalib_rdpp.export import SafeExportMixin
 
 SLACK = 0.05  # resizing and augmentations may overshoot a little
 STRUCTURE = {"backbone", "projection", "gate", "fixed_scale"}  # arguments that the shapes in a checkpoint depend on
 
 
-class DistillationMixin:
-    """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation."""
+class DistillationMixin(SafeExportMixin):
+    """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation, whole exports."""
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:

@@ -5,8 +5,9 @@ import csv
 import pytest
 import yaml
 
-from anomalib_rdpp.benchmark.accuracy import read_rows, run_accuracy
+from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
 from anomalib_rdpp.benchmark.report import accuracy_table
+from anomalib_rdpp.benchmark.rows import read_rows
 
 RDPP = {"class_path": "anomalib_rdpp.RDPP", "init_args": {"backbone": "resnet18", "pre_trained": False}}
 
@@ -40,7 +41,7 @@ def grid(tiny_folder, tmp_path):
 def test_failed_model_is_told_and_the_rest_complete(grid):
     config, output = grid([0], broken={"class_path": "anomalib.models.Nothing"}, ours=RDPP)
     run_accuracy(config, output)
-    broken, ours = read_rows(output)
+    broken, ours = read_rows(output, COLUMNS)
     assert "Nothing" in broken["error"]
     assert ours["error"] == ""
     assert 0 <= float(ours["image_AUROC"]) <= 1
@@ -64,7 +65,7 @@ def test_shards_share_the_grid(grid):
     run_accuracy(config, output, (2, 2))
     assert [row["seed"] for row in csv.DictReader(output.open())] == ["1"]
     run_accuracy(config, output, (1, 2))
-    assert sorted(row["seed"] for row in read_rows(output)) == ["0", "1", "2"]
+    assert sorted(row["seed"] for row in read_rows(output, COLUMNS)) == ["0", "1", "2"]
 
 
 def test_bad_shard_is_named(grid):
@@ -75,3 +76,59 @@ def test_bad_shard_is_named(grid):
 def test_report_without_rows_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="benchmark accuracy CONFIG"):
         accuracy_table(tmp_path / "none.csv")
+
+
+def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, monkeypatch):
+    from anomalib_rdpp.benchmark import precision
+    from anomalib_rdpp.benchmark.gallery import draw_gallery
+
+    config, output = grid([0], ours=RDPP)
+    with pytest.raises(FileNotFoundError, match=r"benchmark accuracy"):
+        draw_gallery([config], output.parent, tmp_path / "gallery")
+    run_accuracy(config, output)
+    assert [path.name for path in draw_gallery([config], output.parent, tmp_path / "gallery")] == ["tiny.png"]
+
+    monkeypatch.setattr(precision, "INT8", {"int8": {}})
+    precision.run_precision(config, output.parent, tmp_path / "precision.csv")
+    rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
+    assert [row["precision"] for row in rows] == ["torch", "fp32", "fp16", "int8"]
+    trained = read_rows(output, COLUMNS)[0]
+    assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
+    assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]
+    assert "| tiny | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
+
+
+def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path):
+    from anomalib_rdpp.benchmark.latency import COLUMNS as LATENCY
+    from anomalib_rdpp.benchmark.latency import run_latency
+    from anomalib_rdpp.benchmark.speed import draw_latency, latency_table
+
+    models = {
+        "RD++": {"class_path": "anomalib_rdpp.RDPP"},
+        "PatchCore": {"class_path": "anomalib.models.Patchcore", "bank": 20},
+        "CFA": {"class_path": "anomalib.models.Cfa"},
+        "broken": {"class_path": "anomalib.models.Nothing"},
+    }
+    grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": ["torch", "fp32"], "backbones": ["resnet18"]}
+    config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
+    config.write_text(yaml.safe_dump({**grid, "models": models}))
+    run_latency(config, output)
+    rows = read_rows(output, LATENCY)
+    assert [row["model"] for row in rows if row["error"]] == ["broken"]
+    measured = {(row["model"], row["precision"]): row for row in rows if not row["error"]}
+    assert len(measured) == 6
+    assert all(float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0 for row in measured.values())
+    assert measured["PatchCore", "fp32"]["bank"] == "20 x 384"
+    assert measured["CFA", "fp32"]["bank"].startswith("256 x")
+    table = latency_table(output)
+    assert "| RD++ |" in table
+    assert all(path.is_file() for path in draw_latency(output, tmp_path / "pictures"))
+
+
+def test_unknown_precision_is_refused(tmp_path):
+    from anomalib_rdpp.benchmark.latency import run_latency
+
+    config = tmp_path / "grid.yaml"
+    config.write_text(yaml.safe_dump({"precisions": ["int4"]}))
+    with pytest.raises(ValueError, match=r"Unknown precision .*int4"):
+        run_latency(config, tmp_path / "rows.csv")

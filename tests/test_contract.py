@@ -139,7 +139,7 @@ def test_onnx_and_openvino_answer_as_torch_does(name, size, tmp_path):
                 np.testing.assert_allclose(answer[key], expected[key].numpy(), atol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("compression", [None, CompressionType.INT8_PTQ])
+@pytest.mark.parametrize("compression", [None, *CompressionType])
 def test_engine_exports_openvino_that_the_inferencer_reads(model, tiny_data, tmp_path, compression, monkeypatch):
     randomize(model)
     run = engine(tmp_path)

@@ -1,1 +1,1 @@
-"""Benchmarks: accuracy of any host models on equal terms."""
+"""Benchmarks: accuracy and latency of any host models on equal terms."""

@@ -1,35 +1,79 @@
-"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy CONFIG.yaml --output results/accuracy.csv``."""
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|report|gallery ...``."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .accuracy import run_accuracy
+from .gallery import draw_gallery
+from .latency import run_latency
+from .precision import precision_table, run_precision
 from .report import accuracy_table
+from .speed import draw_latency, latency_table
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m anomalib_rdpp.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
     accuracy = commands.add_parser("accuracy", help="train and test models x data x seeds, one CSV row each")
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
     accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
-    report = commands.add_parser("report", help="print a Markdown table of such a CSV")
-    report.add_argument("csv", type=Path)
-    arguments = parser.parse_args()
+
+    latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
+    latency.add_argument("config", type=Path, help="YAML grid")
+    latency.add_argument("--output", type=Path, default=Path("results/latency.csv"), help="CSV; rows are appended")
+    latency.add_argument("--minutes", type=float, default=30, help="bound on the rounds of all")
+
+    precision = commands.add_parser("precision", help="test an accuracy grid's models in torch, OpenVINO and INT8")
+    precision.add_argument("config", type=Path, help="YAML grid that was run")
+    precision.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
+    precision.add_argument("--output", type=Path, default=Path("results/precision.csv"), help="CSV; rows are kept")
+    precision.add_argument("--seed", type=int, default=0, help="of the runs to test")
+
+    report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
+    report.add_argument("csv", type=Path, help="accuracy CSV")
+    report.add_argument("--latency", type=Path, help="latency CSV")
+    report.add_argument("--pictures", type=Path, help="folder for pictures")
+
+    gallery = commands.add_parser("gallery", help="draw heat maps of an accuracy grid's models side by side")
+    gallery.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
+    gallery.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
+    gallery.add_argument("--output", type=Path, default=Path("results/gallery"), help="folder for pictures")
+    gallery.add_argument("--seed", type=int, default=0, help="of the runs to draw")
+
+    chosen = parser.parse_args(arguments)
     try:
-        if arguments.command == "report":
-            sys.stdout.write(f"{accuracy_table(arguments.csv)}\n")
-            return
-        index, _, count = arguments.shard.partition("/")
-        if not (index.isdigit() and count.isdigit()):
-            parser.error(f"--shard takes i/n, 2/8 for instance, got '{arguments.shard}'")
-        for config in arguments.configs:
-            run_accuracy(config, arguments.output, (int(index), int(count)))
+        if chosen.command == "accuracy":
+            index, _, count = chosen.shard.partition("/")
+            if not (index.isdigit() and count.isdigit()):
+                parser.error(f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'")
+            for config in chosen.configs:
+                run_accuracy(config, chosen.output, (int(index), int(count)))
+        elif chosen.command == "latency":
+            run_latency(chosen.config, chosen.output, chosen.minutes)
+        elif chosen.command == "precision":
+            run_precision(chosen.config, chosen.results, chosen.output, chosen.seed)
+            sys.stdout.write(f"{precision_table(chosen.output)}\n")
+        elif chosen.command == "gallery":
+            draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)
+        else:
+            _report(chosen.csv, chosen.latency, chosen.pictures)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+
+
+def _report(accuracy: Path, latency: Path | None, pictures: Path | None) -> None:
+    """Print tables, draw pictures."""
+    sys.stdout.write(f"{accuracy_table(accuracy)}\n")
+    if latency is not None:
+        sys.stdout.write(f"\n{latency_table(latency)}\n")
+        if pictures is not None:
+            for path in draw_latency(latency, pictures, accuracy):
+                sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@ test data. A row that is in the CSV is not run again; a run that fails becomes a
 tries it again.
 """
 
-import csv
 import logging
 import platform
 import resource
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -18,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
@@ -25,6 +23,8 @@ from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models import AnomalibModule
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+
+from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1)) ->
         raise ValueError(msg)
     grid = yaml.safe_load(config.read_text())
     rows = list(_rows(grid))[index - 1 :: count]
-    done = {tuple(row[key] for key in KEY) for row in read_rows(output) if not row["error"]}
+    done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS) if not row["error"]}
     for number, (data, model, seed) in enumerate(rows, 1):
         epochs = _epochs(grid, data, model)
         if tuple(map(str, (data, model, seed, epochs, grid["image_size"], grid["batch_size"]))) in done:
@@ -68,16 +68,7 @@ def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1)) ->
         except Exception as error:
             logger.exception("row %d failed", number)
             row["error"] = f"{type(error).__name__}: {error}".replace("\n", " ")
-        _append(output, row)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV that this module wrote; none if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file, COLUMNS)
-        return [row for row in rows if None not in row.values() and row["data"] != "data"]  # whole, and no header
+        append_row(output, COLUMNS, row)
 
 
 def _rows(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
@@ -91,8 +82,8 @@ def _rows(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
 def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train one model for its epochs, test it once."""
     seed_everything(seed, workers=True)
-    datamodule = _datamodule(grid, data)
-    module = _model(grid, model)
+    datamodule = build_datamodule(grid, data)
+    module = build_model(grid, model)
     engine = Engine(
         max_epochs=_epochs(grid, data, model),
         default_root_dir=folder / data / model / str(seed),
@@ -123,7 +114,7 @@ def _epochs(grid: dict[str, Any], data: str, model: str) -> int:
     return grid["models"][model].get("epochs", grid["data"][data]["epochs"])
 
 
-def _datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
+def build_datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
     """Build a datamodule, with a part of its images where the grid says so."""
     part = grid["data"][name]
     init_args = {
@@ -142,7 +133,7 @@ def _datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
     return datamodule
 
 
-def _model(grid: dict[str, Any], name: str) -> AnomalibModule:
+def build_model(grid: dict[str, Any], name: str) -> AnomalibModule:
     """Build a model with the same metrics and input size for all."""
     module, _, class_name = grid["models"][name]["class_path"].rpartition(".")
     model_class = getattr(import_module(module or "anomalib.models"), class_name)
@@ -163,30 +154,28 @@ def _model(grid: dict[str, Any], name: str) -> AnomalibModule:
     )
 
 
+def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results: Path) -> AnomalibModule:
+    """Build a model of a grid and load the newest checkpoint of its run.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = results / data / name / str(seed)
+    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        msg = f"No checkpoint in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
+        raise FileNotFoundError(msg)
+    model = build_model(grid, name)
+    model.load_state_dict(torch.load(found[-1], weights_only=True)["state_dict"], strict=False)
+    return model.eval()
+
+
 def _facts(grid: dict[str, Any]) -> dict[str, Any]:
     """What makes a row reproducible."""
-    commit = ""
-    if git := shutil.which("git"):
-        command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
     return {
         "image_size": grid["image_size"],
         "batch_size": grid["batch_size"],
         "anomalib": version("anomalib"),
         "torch": version("torch"),
-        "commit": commit,
+        "commit": commit(),
     }
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    """Append one row, on a line of its own even if the one before was cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    new = not text
-    with path.open("a", newline="") as file:
-        if text and not text.endswith("\n"):
-            file.write("\n")
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)

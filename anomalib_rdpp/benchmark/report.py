@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .accuracy import COLUMNS, KEY, METRICS, read_rows
+from .accuracy import COLUMNS, KEY, METRICS
+from .rows import read_rows
 
 
 def accuracy_table(path: Path) -> str:
@@ -22,7 +23,9 @@ def accuracy_table(path: Path) -> str:
     if not path.is_file():
         msg = f"No results at '{path}': run `python -m anomalib_rdpp.benchmark accuracy CONFIG --output {path}` first."
         raise FileNotFoundError(msg)
-    rows = pd.DataFrame(read_rows(path), columns=COLUMNS).drop_duplicates(list(KEY), keep="last")  # retried ones
+    rows = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS).drop_duplicates(
+        list(KEY), keep="last"
+    )  # retried ones
     numbers = [*METRICS, "epochs", "steps", "fit_seconds"]
     rows[numbers] = rows[numbers].apply(pd.to_numeric)
     metrics = [metric for metric in METRICS if rows[metric].notna().any()]

@@ -1,0 +1,95 @@
+"""Heat maps of the models of an accuracy grid, side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resize
+
+from .accuracy import build_datamodule, load_trained
+
+
+@torch.no_grad()
+def draw_gallery(configs: Sequence[Path], results: Path, output: Path, seed: int = 0) -> list[Path]:
+    """Draw image, truth and the map of each model: best, median and worst defects, and the worst normal image.
+
+    Args:
+        configs: Grids that ``run_accuracy`` was given; models of all on the data of the first.
+        results: Folder of its CSV, where the checkpoints are.
+        output: Folder for a picture per data set.
+        seed: Of the runs.
+
+    Returns:
+        The pictures. Rows are chosen by the scores of the last model. Each model has a colour scale of its own, from
+        the median of its maps to their 99.9th percentile.
+
+    Raises:
+        FileNotFoundError: If a run's checkpoint isn't there.
+    """
+    grids = [yaml.safe_load(config.read_text()) for config in configs]
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for data in grids[0]["data"]:
+        dataset = build_datamodule(grids[0], data).test_data
+        batches = list(DataLoader(dataset, collate_fn=dataset.collate_fn))  # one by one: sizes may differ
+        maps, scores = {}, {}
+        for grid in grids:
+            for name in grid["models"]:
+                model = load_trained(grid, data, name, seed, results)
+                answers = [model(batch.image) for batch in batches]
+                maps[name] = [answer.anomaly_map.squeeze().numpy() for answer in answers]
+                scores[name] = np.array([float(answer.pred_score) for answer in answers])
+        is_defect = np.array([bool(batch.gt_label) for batch in batches])
+        chosen = _choose(scores[name], is_defect)
+        pictures.append(_draw(batches, maps, scores, chosen, output / f"{data}.png"))
+    return pictures
+
+
+def _choose(scores: np.ndarray, is_defect: np.ndarray) -> dict[str, int]:
+    """Indices of the images to draw, by what they show."""
+    defects = np.flatnonzero(is_defect)
+    defects = defects[np.argsort(scores[defects])]
+    normal = np.flatnonzero(~is_defect)
+    return {
+        "clearest defect": defects[-1],
+        "upper quarter": defects[len(defects) * 3 // 4],
+        "median defect": defects[len(defects) // 2],
+        "lower quarter": defects[len(defects) // 4],
+        "least clear defect": defects[0],
+        "highest normal": normal[np.argmax(scores[normal])],
+    }
+
+
+def _draw(
+    batches: list[Any],
+    maps: dict[str, list[np.ndarray]],
+    scores: dict[str, np.ndarray],
+    chosen: dict[str, int],
+    path: Path,
+) -> Path:
+    """Draw a row per image."""
+    ranges = {name: np.percentile(own, (50, 99.9)) for name, own in maps.items()}
+    figure, axes = plt.subplots(
+        len(chosen), len(maps) + 2, figsize=(2 * (len(maps) + 2), 2.2 * len(chosen)), layout="constrained"
+    )
+    for row, (label, index) in zip(axes, chosen.items(), strict=True):
+        size = list(next(iter(maps.values()))[index].shape)
+        row[0].imshow(resize(batches[index].image[0], size).permute(1, 2, 0).clamp(0, 1))
+        row[0].set_title(label, fontsize=9)
+        mask = batches[index].gt_mask
+        truth = torch.zeros(size) if mask is None else resize(mask.float()[None], size).squeeze()
+        row[1].imshow(truth, cmap="gray", vmin=0, vmax=1)
+        row[1].set_title("truth", fontsize=9)
+        for axis, name in zip(row[2:], maps, strict=True):
+            axis.imshow(maps[name][index], cmap="inferno", vmin=ranges[name][0], vmax=ranges[name][1])
+            axis.set_title(f"{name}: {scores[name][index]:.2f}", fontsize=9)
+        for axis in row:
+            axis.set_axis_off()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+    return path

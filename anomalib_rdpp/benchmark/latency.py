@@ -1,0 +1,217 @@
+"""Latency of models at batch 1, each in every precision, on the CPU of this machine.
+
+All candidates of a backbone take turns: one inference each, round after round, so that whatever else the machine does
+hits all alike; median and 10th and 90th percentile of the rounds. First result, peak memory: in a process of their own.
+Weights are random unless a checkpoint is given: they cost the same time.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import openvino as ov
+import torch
+import torchvision
+import yaml
+from anomalib.data import Folder
+from anomalib.deploy import CompressionType
+from anomalib.models import AnomalibModule, Cfa, Patchcore
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.feature_extraction import create_feature_extractor
+from tqdm import tqdm
+
+from anomalib_rdpp.demo.surfaces import make_surfaces
+
+from .probe import load_runner
+from .rows import append_row, commit
+
+logger = logging.getLogger(__name__)
+
+COMPRESSIONS = {"fp32": None, "fp16": CompressionType.FP16, "int8": CompressionType.INT8_PTQ}
+PRECISIONS = ("torch", *COMPRESSIONS)
+KEY = ("model", "backbone", "precision", "threads", "image_size")
+COLUMNS = (
+    *KEY,
+    "median_ms", "p10_ms", "p90_ms", "rounds",
+    "first_result_ms", "peak_mib", "file_mib", "gmac", "bank",
+    "processor", "openvino", "torch", "anomalib", "commit", "error",
+)  # fmt: skip
+PERCENTILES = {"median_ms": 50, "p10_ms": 10, "p90_ms": 90}
+PAUSE = 0.01  # seconds before each inference, so that the worker threads of the one before have gone to sleep
+
+
+class Candidate(NamedTuple):
+    """One model in one precision."""
+
+    row: dict[str, Any]  # what is known without running it
+    path: Path  # of the exported model
+
+
+def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
+    """Measure a grid and append its rows.
+
+    Args:
+        config: YAML with ``models`` (a mapping from a name to ``class_path``, ``init_args``, and, if wanted, ``bank``,
+            the entries of PatchCore's memory bank, or ``ckpt_path``), ``backbones``, ``precisions``, ``threads``,
+            ``image_size`` and ``rounds``.
+        output: CSV file, appended to.
+        minutes: Bound on the rounds of all; each backbone and number of threads gets its share.
+
+    Raises:
+        ValueError: If a precision is unknown.
+    """
+    grid = yaml.safe_load(config.read_text())
+    if unknown := set(grid["precisions"]) - set(PRECISIONS):
+        msg = f"Unknown precision {sorted(unknown)}; choose of {', '.join(PRECISIONS)}."
+        raise ValueError(msg)
+    seconds = 60 * minutes / (len(grid["backbones"]) * len(grid["threads"]))
+    for backbone in grid["backbones"]:
+        with TemporaryDirectory() as folder:
+            candidates = _export_all(grid, backbone, Path(folder), output)
+            for threads in grid["threads"]:
+                _measure(candidates, threads, grid["image_size"], grid["rounds"], seconds, output)
+
+
+def _export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) -> list[Candidate]:
+    """Export every model in every precision; one that fails becomes a row with its error."""
+    size = grid["image_size"]
+    make_surfaces(folder / "data", train=8, good=4, defective=4, size=size, seed=0)
+    datamodule = Folder(
+        name="calibration",
+        root=folder / "data",
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        eval_batch_size=1,
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )
+    candidates = []
+    for name, entry in tqdm(grid["models"].items(), desc=f"export {backbone}", unit="model"):
+        row = {"model": name, "backbone": backbone, "image_size": size, **_facts()}
+        try:
+            module = _build(entry, backbone, size)
+            row |= {"gmac": round(_multiply_adds(module, size), 2), "bank": _bank_size(module)}
+            for precision in grid["precisions"]:
+                path = _export(module, precision, folder / name / precision, size, datamodule)
+                candidates.append(Candidate({**row, "precision": precision}, path))
+        except Exception as error:
+            logger.exception("%s failed", name)
+            append_row(output, COLUMNS, {**row, "error": f"{type(error).__name__}: {error}".replace("\n", " ")})
+    return candidates
+
+
+def _measure(
+    candidates: list[Candidate],
+    threads: int,
+    size: int,
+    rounds: int,
+    seconds: float,
+    output: Path,
+) -> None:
+    """Let the candidates take turns, then write a row each, with the rounds that there were."""
+    torch.set_num_threads(threads)
+    probes = [_probe(candidate.path, threads, size) for candidate in tqdm(candidates, desc="first result")]
+    runners = [load_runner(candidate.path, threads, size) for candidate in candidates]
+    image = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
+    for runner in runners:
+        runner(image)  # warm-up
+    times = []
+    end = time.perf_counter() + seconds
+    try:
+        for _ in tqdm(range(rounds), desc=f"{threads} threads", unit="round"):
+            times.append([_time(runner, image) for runner in runners])
+            if time.perf_counter() > end:
+                logger.warning("the bound on time ended the measurement after %d of %d rounds", len(times), rounds)
+                break
+    finally:
+        if times:
+            for candidate, probe, spent in zip(candidates, probes, np.array(times).T, strict=True):
+                row = {name: round(float(np.percentile(spent, q)), 2) for name, q in PERCENTILES.items()}
+                append_row(output, COLUMNS, {**candidate.row, "threads": threads, "rounds": len(spent), **row, **probe})
+
+
+def _time(runner: Callable[[np.ndarray], object], image: np.ndarray) -> float:
+    """Milliseconds of one inference."""
+    time.sleep(PAUSE)
+    start = time.perf_counter()
+    runner(image)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _probe(path: Path, threads: int, size: int) -> dict[str, float]:
+    """Time to the first result from the loading on, and peak memory, in a process that does only this."""
+    command = [sys.executable, str(Path(__file__).with_name("probe.py")), str(path), str(threads), str(size)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    files = [path, *path.parent.glob(f"{path.stem}.bin")]
+    size_mib = sum(file.stat().st_size for file in files) / 2**20
+    return {**json.loads(found.stdout.splitlines()[-1]), "file_mib": round(size_mib, 1)}
+
+
+def _build(entry: dict[str, Any], backbone: str, size: int) -> AnomalibModule:
+    """Build a model with random weights, or load its checkpoint, and fill what training would fill."""
+    module, _, class_name = entry["class_path"].rpartition(".")
+    model_class = getattr(import_module(module or "anomalib.models"), class_name)
+    if "ckpt_path" in entry:
+        return model_class.load_from_checkpoint(entry["ckpt_path"]).eval()
+    init_args = {"backbone": backbone, **entry.get("init_args", {})}
+    if model_class is not Cfa:  # which has no such argument
+        init_args = {"pre_trained": False, **init_args}
+    torch.manual_seed(0)
+    with mock.patch("anomalib.models.image.cfa.torch_model.get_feature_extractor", _random_extractor):
+        model = model_class(**init_args, pre_processor=model_class.configure_pre_processor((size, size))).eval()
+    if isinstance(model, Patchcore):
+        channels = sum(model.model.feature_extractor.out_dims)
+        model.model.memory_bank = torch.randn(entry["bank"], channels)
+    if isinstance(model, Cfa):
+        model.model.initialize_centroid([SimpleNamespace(image=torch.rand(1, 3, size, size))])
+    return model
+
+
+def _random_extractor(backbone: str, return_nodes: list[str]) -> torch.nn.Module:
+    """CFA's network without the download that the host has no argument against."""
+    return create_feature_extractor(getattr(torchvision.models, backbone)(weights=None), return_nodes).eval()
+
+
+def _export(module: AnomalibModule, precision: str, root: Path, size: int, datamodule: Folder) -> Path:
+    """Export by the host's own methods."""
+    if precision == "torch":
+        return module.to_torch(root)
+    compression = COMPRESSIONS[precision]
+    return module.to_openvino(root, input_size=(size, size), compression_type=compression, datamodule=datamodule)
+
+
+@torch.no_grad()
+def _multiply_adds(module: AnomalibModule, size: int) -> float:
+    """Thousand millions of multiply-adds of one image, convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        module(torch.rand(1, 3, size, size))
+    return counter.get_total_flops() / 2e9
+
+
+def _bank_size(module: AnomalibModule) -> str:
+    """Entries x channels of what PatchCore or CFA search."""
+    bank = getattr(module.model, "memory_bank", None)
+    if bank is None:
+        return ""
+    shape = bank.shape if isinstance(module, Patchcore) else bank.T.shape
+    return " x ".join(map(str, shape))
+
+
+def _facts() -> dict[str, str]:
+    """What makes a row reproducible."""
+    return {
+        "processor": ov.Core().get_property("CPU", "FULL_DEVICE_NAME"),
+        **{package: version(package) for package in ("openvino", "torch", "anomalib")},
+        "commit": commit(),
+    }

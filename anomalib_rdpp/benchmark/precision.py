@@ -1,0 +1,142 @@
+"""Accuracy that is left in each precision: the trained models of an accuracy grid, exported and tested again."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nncf
+import openvino as ov
+import torch
+import yaml
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.models import AnomalibModule
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from anomalib_rdpp.export import quantize
+
+from .accuracy import METRICS, build_datamodule, load_trained
+from .rows import append_row, commit, read_rows
+
+logger = logging.getLogger(__name__)
+
+KEY = ("data", "model", "seed", "precision")
+COLUMNS = (*KEY, "image_size", "calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit")
+# What INT8 was chosen from; the first is what an export with int8_ptq does.
+INT8 = {
+    "int8": {},
+    "int8, mixed preset": {"preset": nncf.QuantizationPreset.MIXED},
+    "int8, map too": {"ignored_scope": nncf.IgnoredScope()},
+}
+
+
+def run_precision(config: Path, results: Path, output: Path, seed: int = 0) -> None:
+    """Test the grid's trained models in torch and in OpenVINO fp32, fp16 and INT8, a row each.
+
+    Args:
+        config: Grid that ``run_accuracy`` was given.
+        results: Folder of its CSV, where the checkpoints are.
+        output: CSV file, appended to; rows that are there are not run again.
+        seed: Of the runs.
+
+    Raises:
+        FileNotFoundError: If a run's checkpoint isn't there.
+    """
+    grid = yaml.safe_load(config.read_text())
+    for data in grid["data"]:
+        for name in grid["models"]:
+            done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS)}
+            if all((data, name, str(seed), precision) in done for precision in ("torch", "fp32", "fp16", *INT8)):
+                continue
+            datamodule = build_datamodule(grid, data)
+            model = load_trained(grid, data, name, seed, results)
+            facts = {
+                "data": data,
+                "model": name,
+                "seed": seed,
+                "image_size": grid["image_size"],
+                "calibration_images": min(300, len(datamodule.train_data)),
+                "test_images": len(datamodule.test_data),
+                "openvino": ov.__version__.split("-")[0],
+                "nncf": nncf.__version__,
+                "commit": commit(),
+            }
+            with TemporaryDirectory() as folder:
+                for precision, answer in _answers(model, grid["image_size"], datamodule, Path(folder)):
+                    if (data, name, str(seed), precision) not in done:
+                        metrics = _test(model, answer, datamodule, f"{data}, {name}, {precision}")
+                        append_row(output, COLUMNS, {**facts, "precision": precision, **metrics})
+
+
+Answer = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+def _answers(
+    model: AnomalibModule, size: int, datamodule: AnomalibDataModule, folder: Path
+) -> list[tuple[str, Answer]]:
+    """Make the model in each precision: a function from images ``(1, 3, H, W)`` to map and score."""
+    core = ov.Core()
+
+    def openvino(network: ov.Model) -> Answer:
+        compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+        def answer(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = compiled(images.numpy())
+            return {name: torch.from_numpy(found[name]) for name in ("anomaly_map", "pred_score")}
+
+        return answer
+
+    def pytorch(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            found = model(images)
+        return {"anomaly_map": found.anomaly_map, "pred_score": found.pred_score}
+
+    fp32 = model.to_openvino(folder / "fp32", input_size=(size, size))
+    ov.save_model(core.read_model(fp32), folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
+    return [
+        ("torch", pytorch),
+        ("fp32", openvino(core.read_model(fp32))),
+        ("fp16", openvino(core.read_model(folder / "fp16.xml"))),
+        *((name, openvino(quantize(core.read_model(fp32), datamodule, **options))) for name, options in INT8.items()),
+    ]
+
+
+def _test(model: AnomalibModule, answer: Answer, datamodule: AnomalibDataModule, label: str) -> dict[str, float]:
+    """Compute the metrics over the test images, one by one."""
+    dataset = datamodule.test_data.subsample(range(len(datamodule.test_data)))
+    dataset.augmentations = model.pre_processor.transform  # resizes image and mask, as the trainer does
+    metrics = model.evaluator.test_metrics
+    for metric in metrics:
+        metric.reset()
+    for batch in tqdm(DataLoader(dataset, collate_fn=dataset.collate_fn), desc=label, unit="image"):
+        found = answer(batch.image)
+        update = ImageBatch(
+            image=batch.image,
+            gt_label=batch.gt_label,
+            gt_mask=batch.gt_mask,
+            anomaly_map=found["anomaly_map"].squeeze(1),
+            pred_score=found["pred_score"],
+        )
+        for metric in metrics:
+            metric.update(update)
+    return {metric.name: round(float(metric.compute()), 4) for metric in metrics if metric.name in METRICS}
+
+
+def precision_table(path: Path) -> str:
+    """Make a Markdown table: percent, and the difference to torch in points."""
+    rows: list[dict[str, Any]] = read_rows(path, COLUMNS)
+    lines = [
+        "| data | model | seed | precision | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
+        "|" + "---|" * (len(METRICS) + 4),
+    ]
+    reference = {(row["data"], row["model"], row["seed"]): row for row in rows if row["precision"] == "torch"}
+    for row in rows:
+        cells = []
+        for metric in METRICS:
+            value = 100 * float(row[metric])
+            change = value - 100 * float(reference[row["data"], row["model"], row["seed"]][metric])
+            cells.append(f"{value:.1f}" + ("" if row["precision"] == "torch" else f" ({change:+.1f})"))
+        lines.append(f"| {' | '.join([row['data'], row['model'], row['seed'], row['precision'], *cells])} |")
+    return "\n".join(lines)

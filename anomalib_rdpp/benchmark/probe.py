@@ -1,0 +1,50 @@
+"""First result and peak memory of one exported model: ``python probe.py FILE THREADS SIZE``.
+
+Run by its path, not as a part of the package: an edge box imports OpenVINO and nothing else.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def load_runner(path: Path, threads: int, size: int) -> Callable[[np.ndarray], object]:
+    """Load an exported model (``.xml`` or ``.pt``) as a function of an image ``(1, 3, size, size)``."""
+    if path.suffix == ".pt":
+        import torch  # noqa: PLC0415  an OpenVINO model does without
+
+        torch.set_num_threads(threads)
+        module = torch.load(path, weights_only=False)["model"].eval()
+
+        def run(image: np.ndarray) -> object:
+            with torch.inference_mode():
+                return module(torch.from_numpy(image))
+
+        return run
+    import openvino as ov  # noqa: PLC0415
+
+    core = ov.Core()
+    model = core.read_model(path)
+    model.reshape([1, 3, size, size])
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"},
+    )
+    return compiled.create_infer_request().infer
+
+
+if __name__ == "__main__":
+    image = np.zeros((1, 3, int(sys.argv[3]), int(sys.argv[3])), np.float32)
+    start = time.perf_counter()
+    load_runner(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))(image)
+    found = {
+        "first_result_ms": round(1000 * (time.perf_counter() - start)),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    sys.stdout.write(f"{json.dumps(found)}\n")

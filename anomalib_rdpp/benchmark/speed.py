@@ -1,0 +1,142 @@
+"""Tables and pictures from the CSV of the latency benchmark."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from .accuracy import COLUMNS as ACCURACY_COLUMNS
+from .latency import COLUMNS, KEY, PRECISIONS
+from .rows import read_rows
+
+NUMBERS = ("median_ms", "p10_ms", "p90_ms", "rounds", "first_result_ms", "peak_mib", "file_mib", "gmac")
+FASTEST = "RD++"  # what the last column of the table compares with, in INT8
+
+
+def latency_table(path: Path) -> str:
+    """Make a Markdown table per backbone and number of threads.
+
+    Args:
+        path: CSV that ``run_latency`` wrote; of rows with the same key the last counts.
+
+    Returns:
+        Milliseconds as median (10th to 90th percentile); first result, memory and file of the smallest precision; how
+        many times the time of RD++ in INT8 each model takes at its best precision.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    tables = []
+    for (backbone, threads, size), rows in _read(path).groupby(["backbone", "threads", "image_size"], sort=False):
+        precisions = [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+        best = rows.groupby("model")["median_ms"].min()
+        ours = rows[(rows["model"] == FASTEST) & (rows["precision"] == "int8")]["median_ms"]
+        rounds, first = rows["rounds"].min(), rows.iloc[0]
+        lines = [
+            (
+                f"`{backbone}`, {size} px, batch 1, {threads} threads: ms, median of {rounds:.0f} interleaved rounds "
+                f"(10th to 90th percentile). {first.processor}, OpenVINO {first.openvino}."
+            ),
+            "",
+            f"| model | GMAC | {' | '.join(precisions)} | first result ms | memory MiB | file MiB | x {FASTEST} int8 |",
+            "|" + "---|" * (len(precisions) + 6),
+        ]
+        for model, runs in rows.groupby("model", sort=False):
+            own = runs.set_index("precision")
+            last = own.loc[[p for p in precisions if p in own.index][-1]]
+            cells = [_interval(own.loc[p]) if p in own.index else "-" for p in precisions]
+            times = f"{best[model] / ours.iloc[0]:.1f}" if len(ours) else "-"
+            facts = [f"{last[name]:.0f}" for name in ("first_result_ms", "peak_mib", "file_mib")]
+            lines.append(f"| {' | '.join([model, f'{last.gmac:.1f}', *cells, *facts, times])} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def draw_latency(path: Path, folder: Path, accuracy: Path | None = None) -> list[Path]:
+    """Draw bars of latency, and, where there are results of the accuracy benchmark, accuracy over latency.
+
+    Args:
+        path: CSV that ``run_latency`` wrote.
+        folder: Where the pictures go.
+        accuracy: CSV that ``run_accuracy`` wrote. A model's name there is the name here up to the first comma.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for (backbone, threads, size), rows in _read(path).groupby(["backbone", "threads", "image_size"], sort=False):
+        stem = f"{backbone}_{size}px_{threads}threads"
+        pictures.append(
+            _bars(rows, f"{backbone}, {size} px, batch 1, {threads} threads", folder / f"latency_{stem}.png")
+        )
+        if accuracy is not None:
+            pictures.append(_bubbles(rows, accuracy, folder / f"accuracy_latency_{stem}.png"))
+    return pictures
+
+
+def _read(path: Path) -> pd.DataFrame:
+    """Read the rows that were measured."""
+    if not path.is_file():
+        msg = f"No results at '{path}': run `python -m anomalib_rdpp.benchmark latency CONFIG --output {path}` first."
+        raise FileNotFoundError(msg)
+    rows = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS)
+    rows = rows[rows["error"] == ""].drop_duplicates(list(KEY), keep="last")
+    rows[list(NUMBERS)] = rows[list(NUMBERS)].apply(pd.to_numeric)
+    return rows
+
+
+def _interval(row: pd.Series) -> str:
+    """Median and spread."""
+    return f"{row.median_ms:.0f} ({row.p10_ms:.0f}-{row.p90_ms:.0f})"
+
+
+def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
+    """Draw a group of bars per model, a bar per precision."""
+    models = list(dict.fromkeys(rows["model"]))
+    precisions = [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.75 * len(models)), layout="constrained")
+    height = 0.8 / len(precisions)
+    for i, precision in enumerate(precisions):
+        own = rows[rows["precision"] == precision].set_index("model").reindex(models)
+        places = [place + i * height for place in range(len(models))]
+        spread = [own["median_ms"] - own["p10_ms"], own["p90_ms"] - own["median_ms"]]
+        colour = plt.get_cmap("viridis")(0.85 * i / max(1, len(precisions) - 1))
+        label = precision if precision == "torch" else f"OpenVINO {precision}"
+        bars = axis.barh(places, own["median_ms"], height, xerr=spread, color=colour, label=label, ecolor="0.4")
+        axis.bar_label(bars, fmt="%.0f", padding=4, fontsize=7)
+    axis.set_yticks([place + 0.4 - height / 2 for place in range(len(models))], models)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlabel("milliseconds per image (median; lines: 10th to 90th percentile)")
+    axis.set_title(title)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _bubbles(rows: pd.DataFrame, accuracy: Path, path: Path) -> Path:
+    """Draw image AUROC over the time of the best precision; the bubble's area is the peak memory."""
+    results = pd.DataFrame(read_rows(accuracy, ACCURACY_COLUMNS), columns=ACCURACY_COLUMNS)
+    results = results[results["error"] == ""]
+    auroc = 100 * pd.to_numeric(results["image_AUROC"]).groupby(results["model"]).mean()
+    best = rows.loc[rows.groupby("model", sort=False)["median_ms"].idxmin()]
+    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for i, row in enumerate(best.itertuples()):
+        name = row.model.split(",")[0]
+        if name not in auroc:
+            continue
+        axis.scatter(row.median_ms, auroc[name], s=row.peak_mib, alpha=0.6, color=plt.get_cmap("tab10")(i % 10))
+        axis.annotate(f"{row.model}\n{row.precision}, {row.peak_mib:.0f} MiB", (row.median_ms, auroc[name]), fontsize=8)
+    axis.set_xscale("log")
+    axis.margins(0.25)
+    axis.set_xlabel("milliseconds per image, best precision")
+    axis.set_ylabel("image AUROC in %, mean of the accuracy benchmark")
+    axis.set_title(f"{rows['processor'].iloc[0]}, {rows['threads'].iloc[0]} threads; area: peak memory", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,0 +1,157 @@
+"""Exports that are whole or not there, and INT8 calibrated on normal images.
+
+The host writes a model straight under its final name and calibrates INT8 on the validation images, which by its default
+are the test images. Here the files are moved into place when they are complete, and calibration takes training images.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resize
+
+if TYPE_CHECKING:
+    from openvino import Model
+
+CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
+CALIBRATION_IMAGES = 300  # at most; NNCF's default
+# Operations of the anomaly map, which stay in floating point: distances near 0 would lose their order in 8 bits.
+FLOAT_OPERATIONS = (
+    "MatMul",
+    "ReduceSum",
+    "ReduceL2",
+    "ReduceMax",
+    "NormalizeL2",
+    "Divide",
+    "Subtract",
+    "Sqrt",
+    "Power",
+)
+
+
+class SafeExportMixin:
+    """The host's export methods, by way of a folder that is gone when they fail."""
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export as the host does, whole or not at all."""
+        with _move_when_whole(export_root) as folder:
+            path = super().to_torch(folder, model_file_name)
+        return Path(export_root) / path.relative_to(folder)
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export as the host does, whole or not at all.
+
+        Raises:
+            ModuleNotFoundError: If a package that this needs is not installed.
+        """
+        _require("onnx", "onnxscript")
+        kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to the host's 14, and go on
+        with _move_when_whole(export_root) as folder:
+            path = super().to_onnx(folder, model_file_name, input_size, **kwargs)
+        return Path(export_root) / path.relative_to(folder)
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export as the host does, whole or not at all; what can't work is said before work starts.
+
+        Raises:
+            ModuleNotFoundError: If a package that this needs is not installed.
+            ValueError: If a compression that calibrates has no data.
+        """
+        compression_type = None if compression_type is None else CompressionType(compression_type)
+        _require("onnx", "onnxscript", "openvino")
+        if compression_type not in (None, CompressionType.FP16):
+            _require("nncf")
+        if compression_type in CALIBRATED and datamodule is None:
+            msg = (
+                f"{compression_type.value} calibrates on training images, but no data was given: add --data (Python: "
+                "datamodule=), or take int8, which compresses the weights alone."
+            )
+            raise ValueError(msg)
+        with _move_when_whole(export_root) as folder:
+            path = super().to_openvino(folder, model_file_name, input_size, compression_type, datamodule, **kwargs)
+        return Path(export_root) / path.relative_to(folder)
+
+    @staticmethod
+    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
+        """Do what ``quantize`` does, where the host would calibrate on validation images."""
+        return quantize(model, datamodule)
+
+
+def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> "Model":  # noqa: ANN401
+    """Quantise to INT8 all but the anomaly map, calibrated on training images as they are, without augmentation.
+
+    Args:
+        model: OpenVINO model whose input is ``(B, 3, H, W)`` in [0, 1].
+        datamodule: Gives the training images.
+        options: To be passed to ``nncf.quantize``.
+
+    Returns:
+        The quantised model.
+    """
+    import nncf  # noqa: PLC0415  takes seconds, and isn't needed elsewhere
+
+    height, width = model.input(0).partial_shape[2], model.input(0).partial_shape[3]
+
+    def prepare(batch: ImageBatch) -> torch.Tensor:
+        if height.is_static and width.is_static:
+            return resize(batch.image, [height.get_length(), width.get_length()])
+        return batch.image
+
+    options = {"ignored_scope": nncf.IgnoredScope(types=list(FLOAT_OPERATIONS), validate=False), **options}
+    images = calibration_images(datamodule)
+    return nncf.quantize(model, nncf.Dataset(images, prepare), subset_size=len(images), **options)
+
+
+def calibration_images(datamodule: AnomalibDataModule) -> DataLoader:
+    """Load training images one by one, in an order that doesn't change, evenly picked if there are many."""
+    datamodule.setup(TrainerFn.FITTING)
+    dataset = datamodule.train_data
+    step = -(-len(dataset) // CALIBRATION_IMAGES)
+    dataset = dataset.subsample(list(dataset.samples["image_path"].sort_values().index[::step]))
+    dataset.augmentations = None
+    return DataLoader(dataset, collate_fn=dataset.collate_fn)
+
+
+@contextmanager
+def _move_when_whole(export_root: Path | str) -> Iterator[Path]:
+    """Give a folder beside the final one; its files take their places when nothing went wrong."""
+    root = Path(export_root)
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root, prefix=".export-") as name:
+        folder = Path(name)
+        yield folder
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.suffix in {".xml", ".onnx"}):  # weights before what names them
+            target = root / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
+
+def _require(*packages: str) -> None:
+    """Say what to install if a package is missing."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        msg = f"This export needs {', '.join(missing)}: pip install 'anomalib[openvino]' {' '.join(missing)}"
+        raise ModuleNotFoundError(msg)

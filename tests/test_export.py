@@ -1,0 +1,86 @@
+"""Exports: whole or not at all, errors before work starts, INT8 calibrated on training images with its map in float."""
+
+import nncf
+import numpy as np
+import openvino as ov
+import pytest
+import torch
+from anomalib.deploy import CompressionType
+from torchvision.transforms.v2 import RandomHorizontalFlip
+from torchvision.transforms.v2.functional import resize
+
+from anomalib_rdpp import AAND, RDPP
+from anomalib_rdpp.export import FLOAT_OPERATIONS, calibration_images, quantize
+
+SIZE = (64, 96)
+
+
+@pytest.fixture(params=[RDPP, AAND], ids=["RDPP", "AAND"])
+def model(request):
+    model_class = request.param
+    return model_class(
+        backbone="resnet18", pre_trained=False, pre_processor=model_class.configure_pre_processor(SIZE)
+    ).eval()
+
+
+@pytest.mark.parametrize("compression", [CompressionType.INT8_PTQ, "int8_acq"])
+def test_calibration_without_data_is_refused_before_work_starts(model, tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("work has started"))
+    with pytest.raises(ValueError, match="calibrates on training images, but no data was given: add --data"):
+        model.to_openvino(tmp_path, input_size=SIZE, compression_type=compression)
+
+
+@pytest.mark.parametrize(("package", "compression"), [("openvino", None), ("onnxscript", None), ("nncf", "int8")])
+def test_missing_package_is_named_with_what_to_install(model, tmp_path, monkeypatch, package, compression):
+    from anomalib_rdpp import export
+
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == package else object())
+    with pytest.raises(ModuleNotFoundError, match=f"needs {package}: pip install"):
+        model.to_openvino(tmp_path, input_size=SIZE, compression_type=compression)
+
+
+def test_interrupted_export_leaves_what_was_there(model, tmp_path, monkeypatch):
+    earlier = tmp_path / "weights" / "torch" / "model.pt"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier")
+
+    def save_half(obj, f):  # noqa: ARG001  torch.save names it
+        f.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        model.to_torch(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [earlier]
+    assert earlier.read_text() == "earlier"
+
+
+def test_calibration_takes_training_images_in_order_without_augmentation(tiny_data):
+    tiny_data.setup()
+    tiny_data.train_data.augmentations = RandomHorizontalFlip(1.0)
+    batches = list(calibration_images(tiny_data))
+    paths = [path for batch in batches for path in batch.image_path]
+    assert paths == sorted(paths)
+    assert len(paths) == 6
+    assert all("train/good" in path for path in paths)
+    tiny_data.train_data.augmentations = None
+    torch.testing.assert_close(
+        {path: image for batch in batches for path, image in zip(batch.image_path, batch.image, strict=True)}[paths[0]],
+        next(item.image for item in tiny_data.train_data if item.image_path == paths[0]),
+    )
+
+
+def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
+    path = model.to_openvino(tmp_path, input_size=SIZE, ov_kwargs={"input": [1, 3, *SIZE]})
+    network = ov.Core().read_model(path)
+    assert list(network.input(0).shape) == [1, 3, *SIZE], "a fixed batch is an option of OpenVINO's converter"
+    quantized = quantize(network.clone(), tiny_data, preset=nncf.QuantizationPreset.PERFORMANCE)
+    operations = [operation.get_type_name() for operation in quantized.get_ops()]
+    assert "FakeQuantize" in operations
+    for operation in quantized.get_ops():
+        if operation.get_type_name() in FLOAT_OPERATIONS:
+            sources = [value.get_source_output().get_node().get_type_name() for value in operation.inputs()]
+            assert "FakeQuantize" not in sources, operation.get_friendly_name()
+    image = resize(next(iter(calibration_images(tiny_data))).image, SIZE).numpy()
+    exact, close = (ov.compile_model(each, "CPU")(image)["anomaly_map"] for each in (network, quantized))
+    assert np.abs(exact - close).max() < 0.1 * exact.max()
