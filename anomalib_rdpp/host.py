@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
@@ -61,6 +62,12 @@ class DistillationMixin(SafeExportMixin):
             )
             raise ValueError(msg)
 
+    def on_fit_start(self) -> None:
+        """Give each process its own noise: ``seed_everything`` seeds all alike."""
+        super().on_fit_start()
+        if self.trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse images with pixels outside of [0, 1] while they are still on the CPU.
 
@@ -86,19 +93,23 @@ class DistillationMixin(SafeExportMixin):
         """Refuse a checkpoint of another network before torch lists all its tensors.
 
         Raises:
-            ValueError: If the checkpoint's network differs in an argument of ``STRUCTURE``.
+            ValueError: If the checkpoint's network differs in its parts or in an argument of ``STRUCTURE``.
         """
+        theirs, ours = (_parts(state) for state in (checkpoint.get("state_dict", {}), self.state_dict()))
         stored = checkpoint.get("hyper_parameters", {})
         for name in STRUCTURE & stored.keys() & self.hparams.keys():
-            theirs, ours = stored[name], self.hparams[name]
+            expected, own = stored[name], self.hparams[name]
             if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter
-                theirs, ours = architecture(theirs), architecture(ours)
-            if theirs != ours:
+                expected, own = architecture(expected), architecture(own)
+            if expected != own:
                 msg = (
-                    f"The checkpoint holds a {self.name} with {name} '{theirs}', this model has '{ours}'; "
-                    f"build it with {name}={theirs}."
+                    f"The checkpoint holds a {self.name} with {name} '{expected}', this model has '{own}'; "
+                    f"build it with {name}={expected}."
                 )
                 raise ValueError(msg)
+        if theirs and theirs != ours:
+            msg = f"The checkpoint holds {sorted(theirs)}, a {self.name} has {sorted(ours)}: it is of another model."
+            raise ValueError(msg)
         # The host stores buffers of metrics (AUPRO has one) but not the evaluator, and then fails to load them.
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
@@ -111,3 +122,8 @@ class DistillationMixin(SafeExportMixin):
         """Load a checkpoint without fetching the teacher, whose weights it holds; arguments as the host's."""
         kwargs = {"pre_trained": False, "teacher_weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+def _parts(state: dict[str, Any]) -> set[str]:
+    """Names of the network's parts that have weights."""
+    return {name.split(".")[1] for name in state if name.startswith("model.")}

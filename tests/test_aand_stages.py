@@ -193,6 +193,20 @@ def test_run_resumed_within_an_epoch_starts_its_stage(tiny_data, tmp_path):
         assert diary.changed(len(stages) - 1, "student")
 
 
+def test_resuming_with_another_length_warns_that_the_stages_move(tiny_data, tmp_path):
+    engine(tmp_path, checkpoints(tmp_path), max_epochs=2).fit(build(), datamodule=tiny_data)
+    with pytest.warns(UserWarning, match="Stage two of the resumed run starts with epoch 1, of this one with epoch 3"):
+        engine(tmp_path, max_epochs=6).fit(build(), datamodule=tiny_data, ckpt_path=tmp_path / "0.ckpt")
+
+
+def test_exporting_a_model_of_stage_one_warns(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    module = build()
+    module.model.start_stage(is_amplifying=True)
+    with pytest.warns(UserWarning, match="its student is untrained"):
+        module.to_onnx(tmp_path, input_size=(64, 64))
+
+
 def test_learning_rate_falls_within_each_stage(tiny_data, tmp_path):
     diary = Diary()
     engine(tmp_path, diary, max_epochs=10, limit_train_batches=1).fit(build(amplifier_share=0.5), datamodule=tiny_data)

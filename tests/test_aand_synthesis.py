@@ -169,6 +169,12 @@ def test_unreadable_texture_is_refused_by_name(textures):
         TextureAnomalies(str(textures), probability=1)(torch.rand(2, 3, 64, 64))
 
 
+def test_textures_with_an_upper_case_suffix_are_found(textures):
+    for path in textures.rglob("*.png"):
+        path.rename(path.with_suffix(".PNG"))
+    TextureAnomalies(str(textures)).check_folders()
+
+
 def test_texture_folder_without_images_is_refused(tmp_path):
     (tmp_path / "readme.txt").write_text("no textures")
     with pytest.raises(ValueError, match="No texture images in"):

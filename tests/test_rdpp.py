@@ -345,6 +345,14 @@ def test_checkpoint_without_projection_is_named():
         RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18", "projection": False}})
 
 
+def test_checkpoint_of_another_model_is_named():
+    from anomalib_rdpp import AAND
+
+    state = AAND(**TINY).state_dict()
+    with pytest.raises(ValueError, match="holds .*'amplifiers'.*, a RDPP has .*'projections'.*: it is of another model"):
+        RDPP(**TINY).on_load_checkpoint({"state_dict": state, "hyper_parameters": {"backbone": "resnet18"}})
+
+
 def test_projection_has_the_papers_widths():
     widths = [layer.out_channels for layer in Projection(64) if hasattr(layer, "out_channels")]
     assert widths == [32, 16, 32, 64]

@@ -6,6 +6,8 @@ Written from the paper alone: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from anomalib.data import Batch
 from anomalib.metrics import Evaluator
@@ -108,6 +110,7 @@ class AAND(DistillationMixin, AnomalibModule):
         self.model = AANDModel(backbone, layers, pre_trained, teacher_weights, gate, fixed_scale)
         self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
         self.amplifier_epochs = 0
+        self.resumed_amplifier_epochs: int | None = None
 
     def setup(self, stage: str) -> None:
         """Look for the folders of textures and masks, which only training needs."""
@@ -126,6 +129,11 @@ class AAND(DistillationMixin, AnomalibModule):
         )
         epochs = count_epochs(self.trainer)
         self.amplifier_epochs = split_epochs(epochs, self.hparams.amplifier_share)
+        if self.resumed_amplifier_epochs not in (None, self.amplifier_epochs):
+            rank_zero_warn(
+                f"Stage two of the resumed run starts with epoch {self.resumed_amplifier_epochs}, of this one with "
+                f"epoch {self.amplifier_epochs}: stages are shares of max_epochs, so resume with the same max_epochs.",
+            )
         stages = (0, self.amplifier_epochs), (self.amplifier_epochs, epochs)
         factors = [partial(learning_rate_factor, first=first, last=last) for first, last in stages]
         return [optimizer], [LambdaLR(optimizer, factors)]
@@ -159,6 +167,24 @@ class AAND(DistillationMixin, AnomalibModule):
             )
         self.log("stage", 1.0 if self.model.is_amplifying else 2.0, on_step=False, on_epoch=True, batch_size=size)
         return terms["loss"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note where stage two starts."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["amplifier_epochs"] = self.amplifier_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load, and remember where stage two was to start."""
+        super().on_load_checkpoint(checkpoint)
+        self.resumed_amplifier_epochs = checkpoint.get("amplifier_epochs")
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+        """Export as the host does; what has no student yet is exported with a warning."""
+        if self.model.is_amplifying:
+            rank_zero_warn(
+                "This AAND is in stage one: its student is untrained, and its map compares raw and amplified."
+            )
+        return super().to_onnx(*args, **kwargs)
 
     def _start_stage(self) -> None:
         """Freeze what this epoch doesn't train, and say so."""

@@ -3,10 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from .accuracy import run_accuracy
-from .gallery import draw_gallery
+from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
 from .precision import precision_table, run_precision
 from .report import accuracy_table
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gallery.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
     gallery.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
     gallery.add_argument("--output", type=Path, default=Path("results/gallery"), help="folder for pictures")
+    gallery.add_argument("--anomalies", action="store_true", help="draw AAND's synthetic anomalies instead")
     gallery.add_argument("--seed", type=int, default=0, help="of the runs to draw")
 
     chosen = parser.parse_args(arguments)
@@ -59,7 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_precision(chosen.config, chosen.results, chosen.output, chosen.seed)
             sys.stdout.write(f"{precision_table(chosen.output)}\n")
         elif chosen.command == "gallery":
-            draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)
+            draw = (
+                [draw_anomalies(config, chosen.output) for config in chosen.configs]
+                if chosen.anomalies
+                else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
+            )
+            for path in chain(*draw):
+                sys.stdout.write(f"{path}\n")
         else:
             _report(chosen.csv, chosen.latency, chosen.pictures)
     except (FileNotFoundError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Heat maps of the models of an accuracy grid, side by side."""
+"""Heat maps of the models of an accuracy grid, side by side, and the synthetic anomalies that they learn from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ import yaml
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 
-from .accuracy import build_datamodule, load_trained
+from .accuracy import build_datamodule, build_model, load_trained
 
 
 @torch.no_grad()
@@ -47,6 +47,46 @@ def draw_gallery(configs: Sequence[Path], results: Path, output: Path, seed: int
         is_defect = np.array([bool(batch.gt_label) for batch in batches])
         chosen = _choose(scores[name], is_defect)
         pictures.append(_draw(batches, maps, scores, chosen, output / f"{data}.png"))
+    return pictures
+
+
+def draw_anomalies(config: Path, output: Path, count: int = 6) -> list[Path]:
+    """Draw training images, what AAND's synthesis makes of them, the masks and the foreground.
+
+    Args:
+        config: Grid with a model that has ``anomalies``.
+        output: Folder for a picture per data set and such model.
+        count: Images in each.
+
+    Returns:
+        The pictures; every image gets an anomaly here, whatever the model's probability.
+    """
+    grid = yaml.safe_load(config.read_text())
+    output.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for data in grid["data"]:
+        dataset = build_datamodule(grid, data).train_data
+        for name in grid["models"]:
+            model = build_model(grid, name)
+            if not hasattr(model, "anomalies"):
+                continue
+            torch.manual_seed(0)
+            model.anomalies.probability = 1.0
+            items = [dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // count))][:count]
+            images = torch.stack([model.pre_processor.transform(item.image) for item in items])
+            blended, masks, foreground = model.anomalies(images, [item.image_path for item in items])
+            figure, axes = plt.subplots(
+                4, len(items), figsize=(2 * len(items), 8.6), squeeze=False, layout="constrained"
+            )
+            rows = {"normal": images, "with anomaly": blended, "mask": masks, "foreground": foreground}
+            for row, (label, pixels) in zip(axes, rows.items(), strict=True):
+                row[0].set_title(label, fontsize=9, loc="left")
+                for axis, one in zip(row, pixels, strict=True):
+                    axis.imshow(one.float().permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+                    axis.set_axis_off()
+            pictures.append(output / f"{data}_{name}_anomalies.png")
+            figure.savefig(pictures[-1], dpi=90)
+            plt.close(figure)
     return pictures
 
 

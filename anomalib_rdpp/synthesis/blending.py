@@ -20,6 +20,7 @@ from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 from anomalib_rdpp.distillation import check_images
 
 FOREGROUNDS = ("none", "estimate")
+TEXTURES = {".jpg", ".jpeg", ".png"}
 ATTEMPTS = 10  # to hit the foreground, the host's number for an empty shape
 
 
@@ -63,8 +64,10 @@ class TextureAnomalies(nn.Module):
         if not 0 <= probability <= 1:
             msg = f"The share of images with an anomaly must be within 0 and 1, got {probability}."
             raise ValueError(msg)
-        self.generator = PerlinAnomalyGenerator(texture_dir)
-        self.generator.anomaly_source_paths.sort()  # the order of a folder differs between machines
+        self.generator = PerlinAnomalyGenerator()
+        if texture_dir is not None:  # in an order that all machines share; the host leaves out upper-case suffixes
+            files = sorted(Path(texture_dir).rglob("*"))
+            self.generator.anomaly_source_paths = [path for path in files if path.suffix.lower() in TEXTURES]
         self.texture_dir = texture_dir
         self.foreground = foreground
         self.foreground_dir = foreground_dir
