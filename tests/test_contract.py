@@ -48,6 +48,8 @@ def randomize(model):
         if value.is_floating_point() and "running" in key:
             value.uniform_(0.5, 1.5)
     post_processor = model.post_processor
+    if post_processor is None:
+        return model.eval()
     for low, high in (("image_min", "image_max"), ("pixel_min", "pixel_max")):
         getattr(post_processor, low).fill_(0.0)
         getattr(post_processor, high).fill_(6.0)
@@ -120,11 +122,11 @@ def test_metrics_take_fast_dev_run_and_limited_batches(model, tiny_data, tmp_pat
     assert run.trainer.global_step == 2
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (128, 128)])
 def test_onnx_and_openvino_answer_as_torch_does(name, size, tmp_path):
     import onnxruntime
 
-    model = randomize(build(name, size))
+    model = randomize(build(name, size, post_processor=False))  # raw maps: normalised ones are clamped
     onnx = model.to_onnx(tmp_path, input_size=size)
     session = onnxruntime.InferenceSession(str(onnx))
     compiled = ov.Core().compile_model(str(onnx), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -136,7 +138,8 @@ def test_onnx_and_openvino_answer_as_torch_does(name, size, tmp_path):
         answers = dict(zip(names, session.run(None, {"input": images.numpy()}), strict=True))
         for answer in (answers, {out.any_name: value for out, value in compiled(images.numpy()).items()}):
             for key in ("anomaly_map", "pred_score"):
-                np.testing.assert_allclose(answer[key], expected[key].numpy(), atol=1e-4, err_msg=key)
+                difference = np.abs(answer[key] - expected[key].numpy()).max()
+                assert difference <= 1e-4 * float(np.ptp(expected["anomaly_map"].numpy())), key
 
 
 @pytest.mark.parametrize("compression", [None, *CompressionType])
