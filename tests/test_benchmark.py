@@ -132,3 +132,14 @@ def test_unknown_precision_is_refused(tmp_path):
     config.write_text(yaml.safe_dump({"precisions": ["int4"]}))
     with pytest.raises(ValueError, match=r"Unknown precision .*int4"):
         run_latency(config, tmp_path / "rows.csv")
+
+
+def test_steps_of_both_ways_are_timed(tmp_path):
+    from anomalib_rdpp.benchmark.steps import COLUMNS as STEPS
+    from anomalib_rdpp.benchmark.steps import run_steps
+
+    table = run_steps(tmp_path / "steps.csv", size=64, batch=2, rounds=1)
+    assert "| transport |" in table
+    rows = read_rows(tmp_path / "steps.csv", STEPS)
+    assert {row["way"] for row in rows} == {"ours", "published"}
+    assert all(float(row["median_ms"]) > 0 for row in rows)

@@ -1,4 +1,4 @@
-"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|report|gallery ...``."""
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|steps|report|gallery ...``."""
 
 import argparse
 import sys
@@ -12,10 +12,44 @@ from .latency import run_latency
 from .precision import precision_table, run_precision
 from .report import accuracy_table
 from .speed import draw_latency, latency_table
+from .steps import run_steps
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "accuracy":
+            index, _, count = chosen.shard.partition("/")
+            if not (index.isdigit() and count.isdigit()):
+                parser.error(f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'")
+            for config in chosen.configs:
+                run_accuracy(config, chosen.output, (int(index), int(count)))
+        elif chosen.command == "latency":
+            run_latency(chosen.config, chosen.output, chosen.minutes)
+        elif chosen.command == "precision":
+            run_precision(chosen.config, chosen.results, chosen.output, chosen.seed)
+            sys.stdout.write(f"{precision_table(chosen.output)}\n")
+        elif chosen.command == "steps":
+            table = run_steps(chosen.output, chosen.backbone, chosen.size, chosen.batch, chosen.rounds)
+            sys.stdout.write(f"{table}\n")
+        elif chosen.command == "gallery":
+            draw = (
+                [draw_anomalies(config, chosen.output) for config in chosen.configs]
+                if chosen.anomalies
+                else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
+            )
+            for path in chain(*draw):
+                sys.stdout.write(f"{path}\n")
+        else:
+            _report(chosen.csv, chosen.latency, chosen.pictures)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Describe the commands."""
     parser = argparse.ArgumentParser(prog="python -m anomalib_rdpp.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -35,6 +69,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     precision.add_argument("--output", type=Path, default=Path("results/precision.csv"), help="CSV; rows are kept")
     precision.add_argument("--seed", type=int, default=0, help="of the runs to test")
 
+    steps = commands.add_parser("steps", help="time a training step's parts, beside the published program's way")
+    steps.add_argument("--output", type=Path, default=Path("results/steps.csv"), help="CSV; rows are appended")
+    steps.add_argument("--backbone", default="resnet18", help="teacher, with random weights")
+    steps.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    steps.add_argument("--batch", type=int, default=16, help="images per step")
+    steps.add_argument("--rounds", type=int, default=7, help="steps of each way")
+
     report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
     report.add_argument("csv", type=Path, help="accuracy CSV")
     report.add_argument("--latency", type=Path, help="latency CSV")
@@ -46,32 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gallery.add_argument("--output", type=Path, default=Path("results/gallery"), help="folder for pictures")
     gallery.add_argument("--anomalies", action="store_true", help="draw AAND's synthetic anomalies instead")
     gallery.add_argument("--seed", type=int, default=0, help="of the runs to draw")
-
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "accuracy":
-            index, _, count = chosen.shard.partition("/")
-            if not (index.isdigit() and count.isdigit()):
-                parser.error(f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'")
-            for config in chosen.configs:
-                run_accuracy(config, chosen.output, (int(index), int(count)))
-        elif chosen.command == "latency":
-            run_latency(chosen.config, chosen.output, chosen.minutes)
-        elif chosen.command == "precision":
-            run_precision(chosen.config, chosen.results, chosen.output, chosen.seed)
-            sys.stdout.write(f"{precision_table(chosen.output)}\n")
-        elif chosen.command == "gallery":
-            draw = (
-                [draw_anomalies(config, chosen.output) for config in chosen.configs]
-                if chosen.anomalies
-                else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
-            )
-            for path in chain(*draw):
-                sys.stdout.write(f"{path}\n")
-        else:
-            _report(chosen.csv, chosen.latency, chosen.pictures)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    return parser
 
 
 def _report(accuracy: Path, latency: Path | None, pictures: Path | None) -> None:

@@ -1,0 +1,187 @@
+"""Where the time of a training step goes, beside a step that does what the published program of RD++ does.
+
+Both train the same network on the same images and take turns. The published way: a pass for normal and one for noisy
+images, noise pixel by pixel in Python, and a transport term of 373 annealing steps that compares a batch with itself.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from geomloss import SamplesLoss
+from opensimplex import OpenSimplex
+from torch import nn
+from tqdm import tqdm
+
+from anomalib_rdpp import RDPP
+from anomalib_rdpp.rdpp.loss import contrast_loss, reconstruction_loss, transport_loss
+from anomalib_rdpp.rdpp.torch_model import RDPPFeatures
+
+from .rows import append_row, commit
+
+COLUMNS = ("way", "part", "median_ms", "min_ms", "max_ms", "rounds", "backbone", "image_size", "batch_size", "device", "threads", "torch", "commit")  # fmt: skip # noqa: E501
+
+
+class Clock:
+    """Add up the time of named parts, waiting for the GPU where there is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.rounds: list[dict[str, float]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is inside."""
+        start = self._now()
+        yield
+        self.rounds[-1][name] += 1000 * (self._now() - start)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def run_steps(
+    output: Path,
+    backbone: str = "resnet18",
+    size: int = 256,
+    batch: int = 16,
+    rounds: int = 7,
+) -> str:
+    """Time steps of both ways in turns.
+
+    Args:
+        output: CSV file, appended to.
+        backbone: Teacher, with random weights.
+        size: Side of the images in pixels.
+        batch: Images per step.
+        rounds: Steps of each way, after one that isn't counted.
+
+    Returns:
+        A Markdown table of medians in ms, with each part's share of its step.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = RDPP(backbone=backbone, pre_trained=False).to(device).train()
+    optimizer = model.configure_optimizers()
+    images = torch.rand(batch, 3, size, size, device=device)
+    ways: dict[str, Callable[[RDPP, torch.Tensor, Clock], torch.Tensor]] = {"ours": _ours, "published": _published}
+    clocks = {name: Clock(device) for name in ways}
+    for _ in tqdm(range(rounds + 1), desc=f"steps of {batch} on {device}", unit="round"):
+        for name, way in ways.items():
+            clock = clocks[name]
+            clock.rounds.append(defaultdict(float))
+            with clock.part("step"):
+                loss = way(model, images, clock)
+                with clock.part("backward"):
+                    loss.backward()
+                with clock.part("optimiser"):
+                    optimizer.step()
+                    optimizer.zero_grad()
+    facts = {
+        "rounds": rounds, "backbone": backbone, "image_size": size, "batch_size": batch, "device": device.type,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+    }  # fmt: skip
+    lines = ["| part | ours: ms (share) | published: ms (share) |", "|---|---|---|"]
+    medians = {name: _medians(clock) for name, clock in clocks.items()}
+    for name, clock in clocks.items():
+        for part, median in medians[name].items():
+            times = [times[part] for times in clock.rounds[1:]]
+            row = {"way": name, "part": part, "median_ms": median, "min_ms": min(times), "max_ms": max(times)}
+            append_row(
+                output, COLUMNS, {**{k: round(v, 1) if k.endswith("ms") else v for k, v in row.items()}, **facts}
+            )
+    for part in dict.fromkeys(part for own in medians.values() for part in own):
+        cells = [f"{own[part]:.0f} ({own[part] / own['step']:.1%})" if part in own else "-" for own in medians.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    ratios = [
+        theirs["step"] / ours["step"] for ours, theirs in zip(*(c.rounds[1:] for c in clocks.values()), strict=True)
+    ]
+    lines += [
+        "",
+        f"ours does {np.median(ratios):.2f} times the steps per second ({min(ratios):.2f} to {max(ratios):.2f})",
+    ]
+    return "\n".join(lines)
+
+
+def _medians(clock: Clock) -> dict[str, float]:
+    """Median of each part, the first round left out."""
+    return {part: float(np.median([times[part] for times in clock.rounds[1:]])) for part in clock.rounds[-1]}
+
+
+def _ours(module: RDPP, images: torch.Tensor, clock: Clock) -> torch.Tensor:
+    """Do what RDPP's training step does, part by part."""
+    model: nn.Module = module.model
+    with clock.part("noise"):
+        images = torch.cat([images, model.noise(images)])
+    with clock.part("teacher"):
+        both = model.teacher(images)
+    with clock.part("projection"):
+        both_projected = model.project(both)
+    (teacher, noisy_teacher), (projected, noisy_projected) = (
+        zip(*(feature.chunk(2) for feature in features), strict=True) for features in (both, both_projected)
+    )
+    with clock.part("student"):
+        student = model.student(list(projected))
+    return _loss(
+        module, RDPPFeatures(teacher, noisy_teacher, projected, noisy_projected, student), clock, transport_loss
+    )
+
+
+def _published(module: RDPP, images: torch.Tensor, clock: Clock) -> torch.Tensor:
+    """Do the same as the published program does it."""
+    model: nn.Module = module.model
+    with clock.part("noise"):
+        noisy = images + 0.2 * torch.stack([_pixel_by_pixel(image.shape) for image in images]).to(images)
+    with clock.part("teacher"):
+        teacher, noisy_teacher = model.teacher(images), model.teacher(noisy)
+    with clock.part("projection"):
+        projected, noisy_projected = model.project(teacher), model.project(noisy_teacher)
+    with clock.part("student"):
+        student = model.student(projected)
+    return _loss(
+        module, RDPPFeatures(teacher, noisy_teacher, projected, noisy_projected, student), clock, _self_transport
+    )
+
+
+def _loss(
+    module: RDPP,
+    features: RDPPFeatures,
+    clock: Clock,
+    transport: Callable[[list[torch.Tensor]], torch.Tensor],
+) -> torch.Tensor:
+    """Compute and weigh the terms."""
+    with clock.part("distillation"):
+        distillation = module.loss.distillation(list(features.teacher), list(features.student))
+    with clock.part("reconstruction"):
+        reconstruction = reconstruction_loss(features.noisy_projected, features.projected)
+    with clock.part("contrast"):
+        contrast = contrast_loss(features.noisy_teacher, features.projected)
+    with clock.part("transport"):
+        transported = transport(features.projected)
+    return distillation + 0.2 * (transported + 0.01 * reconstruction + 0.1 * contrast) / 1.11
+
+
+def _self_transport(projected: list[torch.Tensor]) -> torch.Tensor:
+    """Compare a batch, each image a point, with itself in another order: always 0."""
+    divergence = SamplesLoss("sinkhorn", p=2, blur=0.05, diameter=1e7, scaling=0.95, backend="tensorized")
+    return sum(divergence(f.flatten(1), f.flatten(1)[torch.randperm(len(f), device=f.device)]) for f in projected)
+
+
+def _pixel_by_pixel(shape: torch.Size) -> torch.Tensor:
+    """Draw a patch of noise on zeros, one call a pixel and octave."""
+    height, width = (int(torch.randint(10, 32, ())) for _ in range(2))
+    top, left = (
+        int(torch.randint(side - patch + 1, ())) for side, patch in zip(shape[1:], (height, width), strict=True)
+    )
+    generator = OpenSimplex(int(torch.randint(2**31, ())))
+    field = torch.zeros(shape)
+    for z, y, x in np.ndindex(3, height, width):
+        places = [np.array([x, y, z]) / 32 * 2**octave for octave in range(6)]
+        field[z, top + y, left + x] = sum(0.6**octave * generator.noise3(*place) for octave, place in enumerate(places))
+    return field
