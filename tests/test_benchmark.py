@@ -47,8 +47,8 @@ def test_failed_model_is_told_and_the_rest_complete(grid):
     assert 0 <= float(ours["image_AUROC"]) <= 1
     assert (ours["train_images"], ours["test_images"], ours["steps"]) == ("2", "8", "1")
     table = accuracy_table(output)
-    assert "| tiny | broken | 0 (1 failed) |" in table
-    assert "| tiny | ours | 1 |" in table
+    assert "| tiny | 64 | broken | 0 (1 failed) |" in table
+    assert "| tiny | 64 | ours | 1 |" in table
 
 
 def test_row_that_is_there_is_not_run_again(grid):

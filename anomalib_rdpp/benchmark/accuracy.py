@@ -21,6 +21,7 @@ from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
 from anomalib.models import AnomalibModule
+from anomalib.utils.serialization import anomalib_safe_globals
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -86,7 +87,7 @@ def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, fold
     module = build_model(grid, model)
     engine = Engine(
         max_epochs=_epochs(grid, data, model),
-        default_root_dir=folder / data / model / str(seed),
+        default_root_dir=run_folder(grid, data, model, seed, folder),
         limit_val_batches=0,
         num_sanity_val_steps=0,
         logger=False,
@@ -107,6 +108,11 @@ def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, fold
         "parameters": sum(p.numel() for p in module.parameters()),
         "device": f"{engine.trainer.strategy.root_device} {platform.machine()}",
     }
+
+
+def run_folder(grid: dict[str, Any], data: str, model: str, seed: int, results: Path) -> Path:
+    """Name the folder of a run's checkpoint; grids that differ in size or epochs may share ``results``."""
+    return results / data / model / f"{grid['image_size']}px_{_epochs(grid, data, model)}epochs_seed{seed}"
 
 
 def _epochs(grid: dict[str, Any], data: str, model: str) -> int:
@@ -160,13 +166,15 @@ def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results:
     Raises:
         FileNotFoundError: If there is none.
     """
-    folder = results / data / name / str(seed)
+    folder = run_folder(grid, data, name, seed, results)
     found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         msg = f"No checkpoint in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
         raise FileNotFoundError(msg)
     model = build_model(grid, name)
-    model.load_state_dict(torch.load(found[-1], weights_only=True)["state_dict"], strict=False)
+    with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
+        state = torch.load(found[-1], weights_only=True)["state_dict"]
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ hits all alike; median and 10th and 90th percentile of the rounds. First result,
 Weights are random unless a checkpoint is given: they cost the same time.
 """
 
+import hashlib
 import json
 import logging
 import subprocess
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,8 +38,13 @@ from .rows import append_row, commit
 
 logger = logging.getLogger(__name__)
 
-COMPRESSIONS = {"fp32": None, "fp16": CompressionType.FP16, "int8": CompressionType.INT8_PTQ}
-PRECISIONS = ("torch", *COMPRESSIONS)
+FILES = {
+    "torch": "weights/torch/model.pt",
+    "fp32": "weights/openvino/model.xml",
+    "fp16": "weights/openvino/fp16.xml",
+    "int8": "weights/openvino/int8.xml",
+}
+PRECISIONS = tuple(FILES)
 KEY = ("model", "backbone", "precision", "threads", "image_size")
 COLUMNS = (
     *KEY,
@@ -65,7 +70,7 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
         config: YAML with ``models`` (a mapping from a name to ``class_path``, ``init_args``, and, if wanted, ``bank``,
             the entries of PatchCore's memory bank, or ``ckpt_path``), ``backbones``, ``precisions``, ``threads``,
             ``image_size`` and ``rounds``.
-        output: CSV file, appended to.
+        output: CSV file, appended to; exported models are kept beside it, so that a second run need not wait for them.
         minutes: Bound on the rounds of all; each backbone and number of threads gets its share.
 
     Raises:
@@ -77,19 +82,19 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
         raise ValueError(msg)
     seconds = 60 * minutes / (len(grid["backbones"]) * len(grid["threads"]))
     for backbone in grid["backbones"]:
-        with TemporaryDirectory() as folder:
-            candidates = _export_all(grid, backbone, Path(folder), output)
-            for threads in grid["threads"]:
-                _measure(candidates, threads, grid["image_size"], grid["rounds"], seconds, output)
+        candidates = export_all(grid, backbone, output.parent / "latency_models", output)
+        for threads in grid["threads"]:
+            _measure(candidates, threads, grid["image_size"], grid["rounds"], seconds, output)
 
 
-def _export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) -> list[Candidate]:
-    """Export every model in every precision; one that fails becomes a row with its error."""
+def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) -> list[Candidate]:
+    """Export every model in every precision, unless an earlier run did; one that fails becomes a row with its error."""
     size = grid["image_size"]
-    make_surfaces(folder / "data", train=8, good=4, defective=4, size=size, seed=0)
+    data = folder / f"surfaces_{size}px"
+    make_surfaces(data, train=8, good=4, defective=4, size=size, seed=0)
     datamodule = Folder(
         name="calibration",
-        root=folder / "data",
+        root=data,
         normal_dir="train/good",
         normal_test_dir="test/good",
         eval_batch_size=1,
@@ -99,12 +104,16 @@ def _export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path)
     candidates = []
     for name, entry in tqdm(grid["models"].items(), desc=f"export {backbone}", unit="model"):
         row = {"model": name, "backbone": backbone, "image_size": size, **_facts()}
+        place = folder / _digest(backbone, size, name, entry)
         try:
-            module = _build(entry, backbone, size)
-            row |= {"gmac": round(_multiply_adds(module, size), 2), "bank": _bank_size(module)}
-            for precision in grid["precisions"]:
-                path = _export(module, precision, folder / name / precision, size, datamodule)
-                candidates.append(Candidate({**row, "precision": precision}, path))
+            facts = place / "facts.json"
+            if not facts.exists():
+                module = _build(entry, backbone, size)
+                known = {"gmac": round(_multiply_adds(module, size), 2), "bank": _bank_size(module)}
+                _export(module, place, size, datamodule)
+                facts.write_text(json.dumps(known))  # last: what comes before is whole
+            row |= json.loads(facts.read_text())
+            candidates += [Candidate({**row, "precision": p}, place / FILES[p]) for p in grid["precisions"]]
         except Exception as error:
             logger.exception("%s failed", name)
             append_row(output, COLUMNS, {**row, "error": f"{type(error).__name__}: {error}".replace("\n", " ")})
@@ -183,12 +192,22 @@ def _random_extractor(backbone: str, return_nodes: list[str]) -> torch.nn.Module
     return create_feature_extractor(getattr(torchvision.models, backbone)(weights=None), return_nodes).eval()
 
 
-def _export(module: AnomalibModule, precision: str, root: Path, size: int, datamodule: Folder) -> Path:
-    """Export by the host's own methods."""
-    if precision == "torch":
-        return module.to_torch(root)
-    compression = COMPRESSIONS[precision]
-    return module.to_openvino(root, input_size=(size, size), compression_type=compression, datamodule=datamodule)
+def _export(module: AnomalibModule, place: Path, size: int, datamodule: Folder) -> None:
+    """Export as the host does, but for all precisions from one conversion."""
+    module.to_torch(place)
+    core = ov.Core()
+    network = core.read_model(module.to_openvino(place, input_size=(size, size)))
+    ov.save_model(network, place / FILES["fp16"], compress_to_fp16=True)
+    quantized = module._compress_ov_model(network, CompressionType.INT8_PTQ, datamodule)  # noqa: SLF001
+    ov.save_model(quantized, place / FILES["int8"], compress_to_fp16=False)
+
+
+def _digest(*arguments: object) -> str:
+    """Name what an exported model depends on: its arguments, the versions and our code."""
+    package = Path(__file__).parents[1]
+    sources = [path.read_bytes() for path in sorted(package.rglob("*.py")) if path.parent != Path(__file__).parent]
+    versions = [version(name) for name in ("anomalib", "torch", "openvino", "nncf")]
+    return hashlib.sha256(repr((arguments, versions, sources)).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ import pandas as pd
 from .accuracy import COLUMNS, KEY, METRICS
 from .rows import read_rows
 
+SETTINGS = ("epochs", "batch_size")  # runs that differ in these are not averaged
+
 
 def accuracy_table(path: Path) -> str:
     """Make a Markdown table of each data set and model; runs that failed are counted, not hidden.
@@ -30,17 +32,19 @@ def accuracy_table(path: Path) -> str:
     rows[numbers] = rows[numbers].apply(pd.to_numeric)
     metrics = [metric for metric in METRICS if rows[metric].notna().any()]
     lines = [
-        "| data | model | seeds | epochs | steps | "
+        "| data | px | model | seeds | epochs | steps | "
         + " | ".join(name.replace("_", " ") for name in metrics)
         + " | fit s |",
-        "|" + "---|" * (len(metrics) + 6),
+        "|" + "---|" * (len(metrics) + 7),
     ]
-    for (data, model), runs in rows.groupby(["data", "model"], sort=False):
+    for (data, size, model, _, _), runs in rows.groupby(["data", "image_size", "model", *SETTINGS], sort=False):
         good = runs[runs["error"] == ""]
         failed = f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""
         cells = [_mean_and_spread(100 * good[metric]) for metric in metrics]
         lengths = ["-" if good.empty else f"{good[name].median():.0f}" for name in ("epochs", "steps", "fit_seconds")]
-        lines.append("| " + " | ".join([data, model, f"{len(good)}{failed}", *lengths[:2], *cells, lengths[2]]) + " |")
+        lines.append(
+            "| " + " | ".join([data, size, model, f"{len(good)}{failed}", *lengths[:2], *cells, lengths[2]]) + " |"
+        )
     return "\n".join(lines)
 
 
