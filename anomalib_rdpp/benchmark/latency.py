@@ -91,7 +91,7 @@ def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) 
     """Export every model in every precision, unless an earlier run did; one that fails becomes a row with its error."""
     size = grid["image_size"]
     data = folder / f"surfaces_{size}px"
-    make_surfaces(data, train=8, good=4, defective=4, size=size, seed=0)
+    make_surfaces(data, train=8, good=5, defective=5, size=size, seed=0)
     datamodule = Folder(
         name="calibration",
         root=data,
