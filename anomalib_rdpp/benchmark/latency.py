@@ -19,19 +19,18 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import nncf
 import numpy as np
 import openvino as ov
 import torch
 import torchvision
 import yaml
-from anomalib.data import Folder
-from anomalib.deploy import CompressionType
 from anomalib.models import AnomalibModule, Cfa, Patchcore
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
-from anomalib_rdpp.demo.surfaces import make_surfaces
+from anomalib_rdpp.export import FLOAT_OPERATIONS, SafeExportMixin
 
 from .probe import load_runner
 from .rows import append_row, commit
@@ -90,17 +89,6 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
 def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) -> list[Candidate]:
     """Export every model in every precision, unless an earlier run did; one that fails becomes a row with its error."""
     size = grid["image_size"]
-    data = folder / f"surfaces_{size}px"
-    make_surfaces(data, train=8, good=5, defective=5, size=size, seed=0)
-    datamodule = Folder(
-        name="calibration",
-        root=data,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        eval_batch_size=1,
-        num_workers=0,
-        val_split_mode="same_as_test",
-    )
     candidates = []
     for name, entry in tqdm(grid["models"].items(), desc=f"export {backbone}", unit="model"):
         row = {"model": name, "backbone": backbone, "image_size": size, **_facts()}
@@ -110,7 +98,7 @@ def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) 
             if not facts.exists():
                 module = _build(entry, backbone, size)
                 known = {"gmac": round(_multiply_adds(module, size), 2), "bank": _bank_size(module)}
-                _export(module, place, size, datamodule)
+                _export(module, place, size)
                 facts.write_text(json.dumps(known))  # last: what comes before is whole
             row |= json.loads(facts.read_text())
             candidates += [Candidate({**row, "precision": p}, place / FILES[p]) for p in grid["precisions"]]
@@ -192,13 +180,24 @@ def _random_extractor(backbone: str, return_nodes: list[str]) -> torch.nn.Module
     return create_feature_extractor(getattr(torchvision.models, backbone)(weights=None), return_nodes).eval()
 
 
-def _export(module: AnomalibModule, place: Path, size: int, datamodule: Folder) -> None:
-    """Export as the host does, but for all precisions from one conversion."""
+def _export(module: AnomalibModule, place: Path, size: int) -> None:
+    """Export as the host does, but for all precisions from one conversion.
+
+    INT8 is calibrated on one random image and without bias correction, which changes values but no operation.
+    """
     module.to_torch(place)
     core = ov.Core()
     network = core.read_model(module.to_openvino(place, input_size=(size, size)))
     ov.save_model(network, place / FILES["fp16"], compress_to_fp16=True)
-    quantized = module._compress_ov_model(network, CompressionType.INT8_PTQ, datamodule)  # noqa: SLF001
+    images = nncf.Dataset([torch.rand(1, 3, size, size)])
+    in_float = FLOAT_OPERATIONS if isinstance(module, SafeExportMixin) else ()
+    quantized = nncf.quantize(
+        network,
+        images,
+        subset_size=1,
+        ignored_scope=nncf.IgnoredScope(types=list(in_float), validate=False),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+    )
     ov.save_model(quantized, place / FILES["int8"], compress_to_fp16=False)
 
 
