@@ -187,7 +187,8 @@ def _export(module: AnomalibModule, place: Path, size: int) -> None:
     """
     module.to_torch(place)
     core = ov.Core()
-    network = core.read_model(module.to_openvino(place, input_size=(size, size)))
+    fixed = {"dynamic_shapes": None}  # batch 1; PatchCore can be exported with a fixed batch only
+    network = core.read_model(module.to_openvino(place, input_size=(size, size), onnx_kwargs=fixed))
     ov.save_model(network, place / FILES["fp16"], compress_to_fp16=True)
     images = nncf.Dataset([torch.rand(1, 3, size, size)])
     in_float = FLOAT_OPERATIONS if isinstance(module, SafeExportMixin) else ()
