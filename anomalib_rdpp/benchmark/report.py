@@ -28,6 +28,7 @@ def accuracy_table(path: Path) -> str:
     rows = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS).drop_duplicates(
         list(KEY), keep="last"
     )  # retried ones
+    rows = rows.sort_values("data", key=lambda names: names.map(list(names.unique()).index), kind="stable")
     numbers = [*METRICS, "epochs", "steps", "fit_seconds"]
     rows[numbers] = rows[numbers].apply(pd.to_numeric)
     metrics = [metric for metric in METRICS if rows[metric].notna().any()]
