@@ -78,7 +78,7 @@ def test_report_without_rows_says_what_to_run(tmp_path):
         accuracy_table(tmp_path / "none.csv")
 
 
-def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, monkeypatch):
+def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     from anomalib_rdpp.benchmark import precision
     from anomalib_rdpp.benchmark.gallery import draw_gallery
 
@@ -88,10 +88,12 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, 
     run_accuracy(config, output)
     assert [path.name for path in draw_gallery([config], output.parent, tmp_path / "gallery")] == ["tiny.png"]
 
-    monkeypatch.setattr(precision, "INT8", {"int8": {}})
-    precision.run_precision(config, output.parent, tmp_path / "precision.csv")
+    four = ("torch", "fp32", "fp16", "int8")
+    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=four)
     rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
-    assert [row["precision"] for row in rows] == ["torch", "fp32", "fp16", "int8"]
+    assert tuple(row["precision"] for row in rows) == four
+    with pytest.raises(ValueError, match=r"Unknown int4; choose of torch, fp32"):
+        precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["int4"])
     trained = read_rows(output, COLUMNS)[0]
     assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
     assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from .accuracy import run_accuracy
 from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
-from .precision import precision_table, run_precision
+from .precision import PRECISIONS, precision_table, run_precision
 from .report import accuracy_table
 from .speed import draw_latency, latency_table
 from .steps import run_steps
@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif chosen.command == "latency":
             run_latency(chosen.config, chosen.output, chosen.minutes)
         elif chosen.command == "precision":
-            run_precision(chosen.config, chosen.results, chosen.output, chosen.seed)
+            which = chosen.data, chosen.models, chosen.precisions
+            run_precision(chosen.config, chosen.results, chosen.output, chosen.seed, *which)
             sys.stdout.write(f"{precision_table(chosen.output)}\n")
         elif chosen.command == "steps":
             table = run_steps(chosen.output, chosen.backbone, chosen.size, chosen.batch, chosen.rounds)
@@ -68,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
     precision.add_argument("--output", type=Path, default=Path("results/precision.csv"), help="CSV; rows are kept")
     precision.add_argument("--seed", type=int, default=0, help="of the runs to test")
+    precision.add_argument("--data", nargs="+", help="names of the grid's data, all by default")
+    precision.add_argument("--models", nargs="+", help="names of the grid's models, all by default")
+    precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
 
     steps = commands.add_parser("steps", help="time a training step's parts, beside the published program's way")
     steps.add_argument("--output", type=Path, default=Path("results/steps.csv"), help="CSV; rows are appended")

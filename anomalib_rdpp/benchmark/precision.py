@@ -1,7 +1,8 @@
 """Accuracy that is left in each precision: the trained models of an accuracy grid, exported and tested again."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,7 @@ from anomalib.models import AnomalibModule
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from anomalib_rdpp.export import quantize
+from anomalib_rdpp.export import calibration_images, quantize
 
 from .accuracy import METRICS, build_datamodule, load_trained
 from .rows import append_row, commit, read_rows
@@ -30,9 +31,18 @@ INT8 = {
     "int8, mixed preset": {"preset": nncf.QuantizationPreset.MIXED},
     "int8, map too": {"ignored_scope": nncf.IgnoredScope()},
 }
+PRECISIONS = ("torch", "fp32", "fp16", *INT8)
 
 
-def run_precision(config: Path, results: Path, output: Path, seed: int = 0) -> None:
+def run_precision(
+    config: Path,
+    results: Path,
+    output: Path,
+    seed: int = 0,
+    data: Sequence[str] | None = None,
+    models: Sequence[str] | None = None,
+    precisions: Sequence[str] = PRECISIONS,
+) -> None:
     """Test the grid's trained models in torch and in OpenVINO fp32, fp16 and INT8, a row each.
 
     Args:
@@ -40,44 +50,57 @@ def run_precision(config: Path, results: Path, output: Path, seed: int = 0) -> N
         results: Folder of its CSV, where the checkpoints are.
         output: CSV file, appended to; rows that are there are not run again.
         seed: Of the runs.
+        data: Which of the grid's data, all by default.
+        models: Which of the grid's models, all by default.
+        precisions: Which of ``PRECISIONS``.
 
     Raises:
         FileNotFoundError: If a run's checkpoint isn't there.
+        ValueError: If data, model or precision is unknown.
     """
     grid = yaml.safe_load(config.read_text())
-    for data in grid["data"]:
-        for name in grid["models"]:
+    for chosen, known in ((data, grid["data"]), (models, grid["models"]), (precisions, PRECISIONS)):
+        if unknown := set(chosen or ()) - set(known):
+            msg = f"Unknown {', '.join(sorted(unknown))}; choose of {', '.join(known)}."
+            raise ValueError(msg)
+    for part in data or grid["data"]:
+        for name in models or grid["models"]:
             done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS)}
-            if all((data, name, str(seed), precision) in done for precision in ("torch", "fp32", "fp16", *INT8)):
+            missing = [precision for precision in precisions if (part, name, str(seed), precision) not in done]
+            if not missing:
                 continue
-            datamodule = build_datamodule(grid, data)
-            model = load_trained(grid, data, name, seed, results)
+            datamodule = build_datamodule(grid, part)
+            model = load_trained(grid, part, name, seed, results)
             facts = {
-                "data": data,
+                "data": part,
                 "model": name,
                 "seed": seed,
                 "image_size": grid["image_size"],
-                "calibration_images": min(300, len(datamodule.train_data)),
+                "calibration_images": len(calibration_images(datamodule)),
                 "test_images": len(datamodule.test_data),
                 "openvino": ov.__version__.split("-")[0],
                 "nncf": nncf.__version__,
                 "commit": commit(),
             }
             with TemporaryDirectory() as folder:
-                for precision, answer in _answers(model, grid["image_size"], datamodule, Path(folder)):
-                    if (data, name, str(seed), precision) not in done:
-                        metrics = _test(model, answer, datamodule, f"{data}, {name}, {precision}")
-                        append_row(output, COLUMNS, {**facts, "precision": precision, **metrics})
+                answers = _answers(model, grid["image_size"], datamodule, Path(folder))
+                for precision in missing:
+                    metrics = _test(model, answers[precision](), datamodule, f"{part}, {name}, {precision}")
+                    append_row(output, COLUMNS, {**facts, "precision": precision, **metrics})
 
 
 Answer = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 def _answers(
-    model: AnomalibModule, size: int, datamodule: AnomalibDataModule, folder: Path
-) -> list[tuple[str, Answer]]:
-    """Make the model in each precision: a function from images ``(1, 3, H, W)`` to map and score."""
+    model: AnomalibModule,
+    size: int,
+    datamodule: AnomalibDataModule,
+    folder: Path,
+) -> dict[str, Callable[[], Answer]]:
+    """By precision, what makes the model in it: a function from images ``(1, 3, H, W)`` to map and score."""
     core = ov.Core()
+    fp32 = core.read_model(model.to_openvino(folder, input_size=(size, size)))
 
     def openvino(network: ov.Model) -> Answer:
         compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -88,19 +111,24 @@ def _answers(
 
         return answer
 
+    @torch.no_grad()
     def pytorch(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
-            found = model(images)
+        found = model(images)
         return {"anomaly_map": found.anomaly_map, "pred_score": found.pred_score}
 
-    fp32 = model.to_openvino(folder / "fp32", input_size=(size, size))
-    ov.save_model(core.read_model(fp32), folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
-    return [
-        ("torch", pytorch),
-        ("fp32", openvino(core.read_model(fp32))),
-        ("fp16", openvino(core.read_model(folder / "fp16.xml"))),
-        *((name, openvino(quantize(core.read_model(fp32), datamodule, **options))) for name, options in INT8.items()),
-    ]
+    def half() -> Answer:
+        ov.save_model(fp32, folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
+        return openvino(core.read_model(folder / "fp16.xml"))
+
+    def quantized(options: dict[str, Any]) -> Answer:
+        return openvino(quantize(fp32.clone(), datamodule, **options))
+
+    return {
+        "torch": lambda: pytorch,
+        "fp32": lambda: openvino(fp32),
+        "fp16": half,
+        **{name: partial(quantized, options) for name, options in INT8.items()},
+    }
 
 
 def _test(model: AnomalibModule, answer: Answer, datamodule: AnomalibDataModule, label: str) -> dict[str, float]:
