@@ -19,11 +19,13 @@ import torch
 import yaml
 from anomalib.data import AnomalibDataModule, get_datamodule
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, Evaluator, F1Max
+from anomalib.metrics import AUPRO, Evaluator, F1Max
 from anomalib.models import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning import seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_rdpp.metrics import AUROC
 
 from .rows import append_row, commit, read_rows
 

@@ -18,7 +18,7 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image, read_mask
 from anomalib.deploy import ExportType, OpenVINOInferencer
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, AUROC, Evaluator
+from anomalib.metrics import AUPRO, Evaluator
 from anomalib.post_processing import PostProcessor
 from huggingface_hub import constants, try_to_load_from_cache
 from lightning import seed_everything
@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib import pyplot as plt
 
 from anomalib_rdpp import RDPP
+from anomalib_rdpp.metrics import AUROC
 
 from .surfaces import DEFECTS, make_surfaces
 
