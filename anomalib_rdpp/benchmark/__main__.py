@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for path in chain(*draw):
                 sys.stdout.write(f"{path}\n")
         else:
-            _report(chosen.csv, chosen.latency, chosen.pictures)
+            _report(chosen.csv, chosen.latency, chosen.pictures, chosen.bubbles)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
 
@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
     report.add_argument("csv", type=Path, help="accuracy CSV")
     report.add_argument("--latency", type=Path, help="latency CSV")
-    report.add_argument("--pictures", type=Path, help="folder for pictures")
+    report.add_argument("--pictures", type=Path, help="folder for pictures of the latency CSV")
+    report.add_argument("--bubbles", action="store_true", help="also draw accuracy over latency, of equal backbones")
 
     gallery = commands.add_parser("gallery", help="draw heat maps of an accuracy grid's models side by side")
     gallery.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
@@ -94,13 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(accuracy: Path, latency: Path | None, pictures: Path | None) -> None:
+def _report(accuracy: Path, latency: Path | None, pictures: Path | None, bubbles: bool) -> None:
     """Print tables, draw pictures."""
     sys.stdout.write(f"{accuracy_table(accuracy)}\n")
     if latency is not None:
         sys.stdout.write(f"\n{latency_table(latency)}\n")
         if pictures is not None:
-            for path in draw_latency(latency, pictures, accuracy):
+            for path in draw_latency(latency, pictures, accuracy if bubbles else None):
                 sys.stdout.write(f"{path}\n")
 
 

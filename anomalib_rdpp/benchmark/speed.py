@@ -58,7 +58,8 @@ def draw_latency(path: Path, folder: Path, accuracy: Path | None = None) -> list
     Args:
         path: CSV that ``run_latency`` wrote.
         folder: Where the pictures go.
-        accuracy: CSV that ``run_accuracy`` wrote. A model's name there is the name here up to the first comma.
+        accuracy: CSV that ``run_accuracy`` wrote with this backbone. A model's name there is the name here up to the
+            first comma; others are left out.
 
     Returns:
         The pictures.
@@ -110,7 +111,7 @@ def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
         axis.bar_label(bars, fmt="%.0f", padding=4, fontsize=7)
     axis.set_yticks([place + 0.4 - height / 2 for place in range(len(models))], models)
     axis.invert_yaxis()
-    axis.set_xscale("log")
+    axis.margins(x=0.08)
     axis.set_xlabel("milliseconds per image (median; lines: 10th to 90th percentile)")
     axis.set_title(title)
     axis.legend(fontsize=8)
