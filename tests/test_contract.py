@@ -142,9 +142,15 @@ def test_onnx_and_openvino_answer_as_torch_does(name, size, tmp_path):
                 assert difference <= 1e-4 * float(np.ptp(expected["anomaly_map"].numpy())), key
 
 
-@pytest.mark.parametrize("compression", [None, *CompressionType])
-def test_engine_exports_openvino_that_the_inferencer_reads(model, tiny_data, tmp_path, compression, monkeypatch):
-    randomize(model)
+@pytest.mark.parametrize(
+    ("name", "compression"),
+    [
+        *((name, compression) for name in MODELS for compression in (None, CompressionType.INT8_PTQ)),
+        *(("RDPP", other) for other in (CompressionType.FP16, CompressionType.INT8, CompressionType.INT8_ACQ)),
+    ],
+)
+def test_engine_exports_openvino_that_the_inferencer_reads(name, tiny_data, tmp_path, compression, monkeypatch):
+    model = randomize(build(name))
     run = engine(tmp_path)
     compressed = {"compression_type": compression, "datamodule": tiny_data}
     path = run.export(model, ExportType.OPENVINO, **compressed)
