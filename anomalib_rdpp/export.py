@@ -1,7 +1,8 @@
 """Exports that are whole or not there, and INT8 calibrated on normal images.
 
 The host writes a model straight under its final name and calibrates INT8 on the validation images, which by its default
-are the test images. Here the files are moved into place when they are complete, and calibration takes training images.
+are the test images. Here the files are moved into place when they are complete, and calibration for INT8_PTQ takes
+training images; INT8_ACQ is the host's.
 """
 
 from collections.abc import Iterator
@@ -85,8 +86,8 @@ class SafeExportMixin:
             _require("nncf")
         if compression_type in CALIBRATED and datamodule is None:
             msg = (
-                f"{compression_type.value} calibrates on training images, but no data was given: add --data (Python: "
-                "datamodule=), or take int8, which compresses the weights alone."
+                f"{compression_type.name} needs images to calibrate on, but no data was given: add --data (Python: "
+                "datamodule=), or take INT8, which compresses the weights alone."
             )
             raise ValueError(msg)
         with _move_when_whole(export_root) as folder:

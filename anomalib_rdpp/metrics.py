@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import torch
 from anomalib import metrics
 from anomalib.data import Batch
 
@@ -14,6 +15,7 @@ class AUROC(metrics.AUROC):
     every value goes through one increasing function into [0, 1] first, which leaves the AUROC what it is.
 
     Example:
+        >>> import torch
         >>> from anomalib.data import ImageBatch
         >>> metric = AUROC(fields=["pred_score", "gt_label"])
         >>> for score, label in ((0.9, False), (1.1, True)):  # a batch each
@@ -28,5 +30,6 @@ class AUROC(metrics.AUROC):
         values = {name: getattr(batch, name, None) for name in self.fields}
         for name, value in values.items():
             if value is not None and value.is_floating_point():
-                values[name] = 0.5 * (1 + value / (1 + value.abs()))
+                exact = value if value.device.type == "mps" else value.double()  # or large scores become ties
+                values[name] = 0.5 * (1 + exact / (1 + exact.abs()))
         super().update(SimpleNamespace(**values))

@@ -97,7 +97,7 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     trained = read_rows(output, COLUMNS)[0]
     assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
     assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]
-    assert "| tiny | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
+    assert "| tiny | 64 | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
 
 
 def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path):

@@ -26,7 +26,7 @@ def model(request):
 @pytest.mark.parametrize("compression", [CompressionType.INT8_PTQ, "int8_acq"])
 def test_calibration_without_data_is_refused_before_work_starts(model, tmp_path, monkeypatch, compression):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("work has started"))
-    with pytest.raises(ValueError, match="calibrates on training images, but no data was given: add --data"):
+    with pytest.raises(ValueError, match="needs images to calibrate on, but no data was given: add --data"):
         model.to_openvino(tmp_path, input_size=SIZE, compression_type=compression)
 
 

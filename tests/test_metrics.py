@@ -15,7 +15,7 @@ def batches(scores, labels, size):
 
 
 @pytest.mark.parametrize("size", [1, 8, 40])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 50.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 50.0, 1e4])
 def test_auroc_of_raw_scores_does_not_depend_on_the_batches(size, scale):
     labels = torch.arange(40) >= 20
     scores = scale * (0.8 + 0.3 * torch.rand(40) + 0.1 * labels)

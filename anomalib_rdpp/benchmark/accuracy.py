@@ -175,7 +175,7 @@ def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results:
         raise FileNotFoundError(msg)
     model = build_model(grid, name)
     with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
-        state = torch.load(found[-1], weights_only=True)["state_dict"]
+        state = torch.load(found[-1], "cpu", weights_only=True)["state_dict"]
     model.load_state_dict(state, strict=False)
     return model.eval()
 

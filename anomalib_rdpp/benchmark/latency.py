@@ -149,7 +149,10 @@ def _time(runner: Callable[[np.ndarray], object], image: np.ndarray) -> float:
 def _probe(path: Path, threads: int, size: int) -> dict[str, float]:
     """Time to the first result from the loading on, and peak memory, in a process that does only this."""
     command = [sys.executable, str(Path(__file__).with_name("probe.py")), str(path), str(threads), str(size)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    if found.returncode:
+        logger.warning("no first result of %s: %s", path, found.stderr[-300:])
+        return {}
     files = [path, *path.parent.glob(f"{path.stem}.bin")]
     size_mib = sum(file.stat().st_size for file in files) / 2**20
     return {**json.loads(found.stdout.splitlines()[-1]), "file_mib": round(size_mib, 1)}

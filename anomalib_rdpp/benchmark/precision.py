@@ -23,8 +23,8 @@ from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
 
-KEY = ("data", "model", "seed", "precision")
-COLUMNS = (*KEY, "image_size", "calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit")
+KEY = ("data", "image_size", "model", "seed", "precision")
+COLUMNS = (*KEY, "calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit")
 # What INT8 was chosen from; the first is what an export with int8_ptq does.
 INT8 = {
     "int8": {},
@@ -66,7 +66,8 @@ def run_precision(
     for part in data or grid["data"]:
         for name in models or grid["models"]:
             done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS)}
-            missing = [precision for precision in precisions if (part, name, str(seed), precision) not in done]
+            run = part, str(grid["image_size"]), name, str(seed)
+            missing = [precision for precision in precisions if (*run, precision) not in done]
             if not missing:
                 continue
             datamodule = build_datamodule(grid, part)
@@ -100,7 +101,7 @@ def _answers(
 ) -> dict[str, Callable[[], Answer]]:
     """By precision, what makes the model in it: a function from images ``(1, 3, H, W)`` to map and score."""
     core = ov.Core()
-    fp32 = core.read_model(model.to_openvino(folder, input_size=(size, size)))
+    fp32 = core.read_model(model.to_openvino(folder, input_size=(size, size), onnx_kwargs={"dynamic_shapes": None}))
 
     def openvino(network: ov.Model) -> Answer:
         compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -156,15 +157,21 @@ def precision_table(path: Path) -> str:
     """Make a Markdown table: percent, and the difference to torch in points."""
     rows: list[dict[str, Any]] = read_rows(path, COLUMNS)
     lines = [
-        "| data | model | seed | precision | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
-        "|" + "---|" * (len(METRICS) + 4),
+        "| data | px | model | seed | precision | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
+        "|" + "---|" * (len(METRICS) + 5),
     ]
-    reference = {(row["data"], row["model"], row["seed"]): row for row in rows if row["precision"] == "torch"}
+    reference = {_run(row): row for row in rows if row["precision"] == "torch"}
     for row in rows:
         cells = []
         for metric in METRICS:
             value = 100 * float(row[metric])
-            change = value - 100 * float(reference[row["data"], row["model"], row["seed"]][metric])
-            cells.append(f"{value:.1f}" + ("" if row["precision"] == "torch" else f" ({change:+.1f})"))
-        lines.append(f"| {' | '.join([row['data'], row['model'], row['seed'], row['precision'], *cells])} |")
+            cells.append(f"{value:.1f}")
+            if row["precision"] != "torch" and _run(row) in reference:
+                cells[-1] += f" ({value - 100 * float(reference[_run(row)][metric]):+.1f})"
+        lines.append(f"| {' | '.join([*_run(row), row['precision'], *cells])} |")
     return "\n".join(lines)
+
+
+def _run(row: dict[str, str]) -> tuple[str, ...]:
+    """Which run a row is of."""
+    return tuple(row[name] for name in KEY[:-1])
