@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import torch
 from anomalib import metrics
 from anomalib.data import Batch
 
