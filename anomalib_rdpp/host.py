@@ -108,7 +108,7 @@ class DistillationMixin(SafeExportMixin):
                 )
                 raise ValueError(msg)
         if theirs and theirs != ours:
-            msg = f"The checkpoint holds {sorted(theirs)}, a {self.name} has {sorted(ours)}: it is of another model than {self.name}."
+            msg = f"The checkpoint holds {sorted(theirs)}, of another model than {self.name}, which has {sorted(ours)}."
             raise ValueError(msg)
         # The host stores buffers of metrics (AUPRO has one) but not the evaluator, and then fails to load them.
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
