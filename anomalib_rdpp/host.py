@@ -95,23 +95,23 @@ class DistillationMixin(SafeExportMixin):
         Raises:
             ValueError: If the checkpoint's network differs in its parts or in an argument of ``STRUCTURE``.
         """
-        theirs, ours = (_parts(state) for state in (checkpoint.get("state_dict", {}), self.state_dict()))
+        state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
         for name in STRUCTURE & stored.keys() & self.hparams.keys():
-            expected, own = stored[name], self.hparams[name]
+            theirs, ours = stored[name], self.hparams[name]
             if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter
-                expected, own = architecture(expected), architecture(own)
-            if expected != own:
+                theirs, ours = architecture(theirs), architecture(ours)
+            if theirs != ours:
                 msg = (
-                    f"The checkpoint holds a {self.name} with {name} '{expected}', this model has '{own}'; "
-                    f"build it with {name}={expected}."
+                    f"The checkpoint holds a {self.name} with {name} '{theirs}', this model has '{ours}'; "
+                    f"build it with {name}={theirs}."
                 )
                 raise ValueError(msg)
+        theirs, ours = _parts(state), _parts(own)
         if theirs and theirs != ours:
             msg = f"The checkpoint holds {sorted(theirs)}, of another model than {self.name}, which has {sorted(ours)}."
             raise ValueError(msg)
         # The host stores buffers of metrics (AUPRO has one) but not the evaluator, and then fails to load them.
-        state, own = checkpoint.get("state_dict", {}), self.state_dict()
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}

@@ -349,7 +349,8 @@ def test_checkpoint_of_another_model_is_named():
     from anomalib_rdpp import AAND
 
     state = AAND(**TINY).state_dict()
-    with pytest.raises(ValueError, match=r"holds .*'amplifiers'.*of another model than RDPP, which has .*'projections'"):
+    message = r"holds .*'amplifiers'.*of another model than RDPP, which has .*'projections'"
+    with pytest.raises(ValueError, match=message):
         RDPP(**TINY).on_load_checkpoint({"state_dict": state, "hyper_parameters": {"backbone": "resnet18"}})
 
 
