@@ -126,6 +126,18 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     assert "| RD++ |" in table
     assert all(path.is_file() for path in draw_latency(output, tmp_path / "pictures"))
 
+    from anomalib_rdpp.benchmark.layers import layer_table
+
+    exported = next((tmp_path / "latency_models").rglob("model.xml"))
+    assert "| Convolution | " in layer_table(exported, size=64, rounds=2)
+
+
+def test_profile_without_a_model_says_which_file(tmp_path):
+    from anomalib_rdpp.benchmark.layers import layer_table
+
+    with pytest.raises(FileNotFoundError, match=r"No model at '.*none.xml': give the .xml"):
+        layer_table(tmp_path / "none.xml")
+
 
 def test_unknown_precision_is_refused(tmp_path):
     from anomalib_rdpp.benchmark.latency import run_latency

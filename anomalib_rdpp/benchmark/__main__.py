@@ -1,14 +1,14 @@
-"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|steps|report|gallery ...``."""
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|profile|steps|report|gallery ...``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 from .accuracy import run_accuracy
 from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
+from .layers import layer_table
 from .precision import PRECISIONS, precision_table, run_precision
 from .report import accuracy_table
 from .speed import draw_latency, latency_table
@@ -20,31 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     chosen = parser.parse_args(arguments)
     try:
-        if chosen.command == "accuracy":
-            index, _, count = chosen.shard.partition("/")
-            if not (index.isdigit() and count.isdigit()):
-                parser.error(f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'")
-            for config in chosen.configs:
-                run_accuracy(config, chosen.output, (int(index), int(count)))
-        elif chosen.command == "latency":
-            run_latency(chosen.config, chosen.output, chosen.minutes)
-        elif chosen.command == "precision":
-            which = chosen.data, chosen.models, chosen.precisions
-            run_precision(chosen.config, chosen.results, chosen.output, chosen.seed, *which)
-            sys.stdout.write(f"{precision_table(chosen.output)}\n")
-        elif chosen.command == "steps":
-            table = run_steps(chosen.output, chosen.backbone, chosen.size, chosen.batch, chosen.rounds)
-            sys.stdout.write(f"{table}\n")
-        elif chosen.command == "gallery":
-            draw = (
-                [draw_anomalies(config, chosen.output) for config in chosen.configs]
-                if chosen.anomalies
-                else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
-            )
-            for path in chain(*draw):
-                sys.stdout.write(f"{path}\n")
-        else:
-            _report(chosen.csv, chosen.latency, chosen.pictures, chosen.bubbles)
+        for line in chosen.run(chosen):
+            sys.stdout.write(f"{line}\n")
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
 
@@ -58,11 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
     accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
+    accuracy.set_defaults(run=_run_accuracy)
 
     latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
     latency.add_argument("config", type=Path, help="YAML grid")
     latency.add_argument("--output", type=Path, default=Path("results/latency.csv"), help="CSV; rows are appended")
     latency.add_argument("--minutes", type=float, default=30, help="bound on the rounds of all")
+    latency.set_defaults(run=_run_latency)
 
     precision = commands.add_parser("precision", help="test an accuracy grid's models in torch, OpenVINO and INT8")
     precision.add_argument("config", type=Path, help="YAML grid that was run")
@@ -72,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--data", nargs="+", help="names of the grid's data, all by default")
     precision.add_argument("--models", nargs="+", help="names of the grid's models, all by default")
     precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
+    precision.set_defaults(run=_run_precision)
+
+    layers = commands.add_parser("profile", help="say where OpenVINO spends the time of an exported model")
+    layers.add_argument("model", type=Path, help="exported model (.xml)")
+    layers.add_argument("--size", type=int, default=256, help="side of the image in pixels")
+    layers.add_argument("--threads", type=int, default=2, help="threads of OpenVINO")
+    layers.add_argument("--rounds", type=int, default=30, help="inferences")
+    layers.set_defaults(run=_run_profile)
 
     steps = commands.add_parser("steps", help="time a training step's parts, beside the published program's way")
     steps.add_argument("--output", type=Path, default=Path("results/steps.csv"), help="CSV; rows are appended")
@@ -79,12 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     steps.add_argument("--batch", type=int, default=16, help="images per step")
     steps.add_argument("--rounds", type=int, default=7, help="steps of each way")
+    steps.set_defaults(run=_run_steps)
 
     report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
     report.add_argument("csv", type=Path, help="accuracy CSV")
     report.add_argument("--latency", type=Path, help="latency CSV")
     report.add_argument("--pictures", type=Path, help="folder for pictures of the latency CSV")
     report.add_argument("--bubbles", action="store_true", help="also draw accuracy over latency, of equal backbones")
+    report.set_defaults(run=_run_report)
 
     gallery = commands.add_parser("gallery", help="draw heat maps of an accuracy grid's models side by side")
     gallery.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
@@ -92,17 +81,52 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("--output", type=Path, default=Path("results/gallery"), help="folder for pictures")
     gallery.add_argument("--anomalies", action="store_true", help="draw AAND's synthetic anomalies instead")
     gallery.add_argument("--seed", type=int, default=0, help="of the runs to draw")
+    gallery.set_defaults(run=_run_gallery)
     return parser
 
 
-def _report(accuracy: Path, latency: Path | None, pictures: Path | None, bubbles: bool) -> None:
-    """Print tables, draw pictures."""
-    sys.stdout.write(f"{accuracy_table(accuracy)}\n")
-    if latency is not None:
-        sys.stdout.write(f"\n{latency_table(latency)}\n")
-        if pictures is not None:
-            for path in draw_latency(latency, pictures, accuracy if bubbles else None):
-                sys.stdout.write(f"{path}\n")
+def _run_accuracy(chosen: argparse.Namespace) -> list[str]:
+    index, _, count = chosen.shard.partition("/")
+    if not (index.isdigit() and count.isdigit()):
+        msg = f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'"
+        raise ValueError(msg)
+    for config in chosen.configs:
+        run_accuracy(config, chosen.output, (int(index), int(count)))
+    return []
+
+
+def _run_latency(chosen: argparse.Namespace) -> list[str]:
+    run_latency(chosen.config, chosen.output, chosen.minutes)
+    return []
+
+
+def _run_precision(chosen: argparse.Namespace) -> list[str]:
+    which = chosen.data, chosen.models, chosen.precisions
+    run_precision(chosen.config, chosen.results, chosen.output, chosen.seed, *which)
+    return [precision_table(chosen.output)]
+
+
+def _run_profile(chosen: argparse.Namespace) -> list[str]:
+    return [layer_table(chosen.model, chosen.size, chosen.threads, chosen.rounds)]
+
+
+def _run_steps(chosen: argparse.Namespace) -> list[str]:
+    return [run_steps(chosen.output, chosen.backbone, chosen.size, chosen.batch, chosen.rounds)]
+
+
+def _run_report(chosen: argparse.Namespace) -> list[str | Path]:
+    lines = [accuracy_table(chosen.csv)]
+    if chosen.latency is not None:
+        lines += ["", latency_table(chosen.latency)]
+        if chosen.pictures is not None:
+            lines += draw_latency(chosen.latency, chosen.pictures, chosen.csv if chosen.bubbles else None)
+    return lines
+
+
+def _run_gallery(chosen: argparse.Namespace) -> list[Path]:
+    if chosen.anomalies:
+        return [path for config in chosen.configs for path in draw_anomalies(config, chosen.output)]
+    return draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)
 
 
 if __name__ == "__main__":

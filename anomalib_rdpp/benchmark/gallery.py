@@ -83,7 +83,7 @@ def draw_anomalies(config: Path, output: Path, count: int = 6) -> list[Path]:
                 row[0].set_title(label, fontsize=9, loc="left")
                 for axis, one in zip(row, pixels, strict=True):
                     axis.imshow(one.float().permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-                    axis.set_axis_off()
+                    axis.set(xticks=[], yticks=[])  # the frame stays: a foreground may be all white
             pictures.append(output / f"{data}_{name}_anomalies.png")
             figure.savefig(pictures[-1], dpi=90)
             plt.close(figure)
