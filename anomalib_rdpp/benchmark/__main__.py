@@ -1,4 +1,4 @@
-"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|steps|report|gallery ...``."""
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark COMMAND ...``; docs/benchmark.md leads through them."""
 
 import argparse
 import sys
@@ -7,9 +7,11 @@ from itertools import chain
 from pathlib import Path
 
 from .accuracy import run_accuracy
+from .analyses import analyses_table, run_analyses
 from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
 from .precision import PRECISIONS, precision_table, run_precision
+from .ranking import draw_accuracy, published_table, ranking_tables
 from .report import accuracy_table
 from .speed import draw_latency, latency_table
 from .steps import run_steps
@@ -21,11 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "accuracy":
-            index, _, count = chosen.shard.partition("/")
-            if not (index.isdigit() and count.isdigit()):
-                parser.error(f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'")
-            for config in chosen.configs:
-                run_accuracy(config, chosen.output, (int(index), int(count)))
+            _accuracy(chosen)
+        elif chosen.command == "analyses":
+            which = chosen.seed, chosen.data, chosen.models
+            pictures = run_analyses(chosen.configs, chosen.results, chosen.output, *which)
+            sys.stdout.write("\n".join([analyses_table(chosen.output), "", *map(str, pictures), ""]))
         elif chosen.command == "latency":
             run_latency(chosen.config, chosen.output, chosen.minutes)
         elif chosen.command == "precision":
@@ -36,15 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table = run_steps(chosen.output, chosen.backbone, chosen.size, chosen.batch, chosen.rounds)
             sys.stdout.write(f"{table}\n")
         elif chosen.command == "gallery":
-            draw = (
-                [draw_anomalies(config, chosen.output) for config in chosen.configs]
-                if chosen.anomalies
-                else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
-            )
-            for path in chain(*draw):
-                sys.stdout.write(f"{path}\n")
+            _gallery(chosen)
         else:
-            _report(chosen.csv, chosen.latency, chosen.pictures, chosen.bubbles)
+            _report(chosen)
     except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
 
@@ -57,7 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     accuracy = commands.add_parser("accuracy", help="train and test models x data x seeds, one CSV row each")
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
-    accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
+    accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th run, from the i-th")
+    accuracy.add_argument(
+        "--best-on-test",
+        action="store_true",
+        help="report the best epoch on the TEST images, as the published programs do; rows and tables say so",
+    )
+
+    analyses = commands.add_parser("analyses", help="analyse what a grid's models do to features, scores, maps")
+    analyses.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
+    analyses.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
+    analyses.add_argument("--output", type=Path, default=Path("results/analyses.csv"), help="CSV, pictures beside it")
+    analyses.add_argument("--seed", type=int, default=0, help="of the runs to analyse")
+    analyses.add_argument("--data", nargs="+", help="names of the first grid's data, all by default")
+    analyses.add_argument("--models", nargs="+", help="names of the grids' models, all by default")
 
     latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
     latency.add_argument("config", type=Path, help="YAML grid")
@@ -71,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--seed", type=int, default=0, help="of the runs to test")
     precision.add_argument("--data", nargs="+", help="names of the grid's data, all by default")
     precision.add_argument("--models", nargs="+", help="names of the grid's models, all by default")
-    precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
+    precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(map(repr, PRECISIONS))}")
 
     steps = commands.add_parser("steps", help="time a training step's parts, beside the published program's way")
     steps.add_argument("--output", type=Path, default=Path("results/steps.csv"), help="CSV; rows are appended")
@@ -82,8 +91,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
     report.add_argument("csv", type=Path, help="accuracy CSV")
+    report.add_argument("--published", nargs="+", type=Path, default=[], help="YAML grids with published figures")
     report.add_argument("--latency", type=Path, help="latency CSV")
-    report.add_argument("--pictures", type=Path, help="folder for pictures of the latency CSV")
+    report.add_argument("--pictures", type=Path, help="folder for pictures")
     report.add_argument("--bubbles", action="store_true", help="also draw accuracy over latency, of equal backbones")
 
     gallery = commands.add_parser("gallery", help="draw heat maps of an accuracy grid's models side by side")
@@ -95,14 +105,45 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(accuracy: Path, latency: Path | None, pictures: Path | None, bubbles: bool) -> None:
+def _accuracy(chosen: argparse.Namespace) -> None:
+    """Run all grids, and only then say which are none."""
+    index, _, count = chosen.shard.partition("/")
+    if not (index.isdigit() and count.isdigit()):
+        msg = f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'"
+        raise ValueError(msg)
+
+    def failure(config: Path) -> str:
+        try:
+            run_accuracy(config, chosen.output, (int(index), int(count)), chosen.best_on_test)
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+        return ""
+
+    if failures := list(filter(None, map(failure, chosen.configs))):
+        raise ValueError(" ".join(failures))
+
+
+def _gallery(chosen: argparse.Namespace) -> None:
+    """Draw heat maps or anomalies."""
+    draw = (
+        [draw_anomalies(config, chosen.output) for config in chosen.configs]
+        if chosen.anomalies
+        else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
+    )
+    for path in chain(*draw):
+        sys.stdout.write(f"{path}\n")
+
+
+def _report(chosen: argparse.Namespace) -> None:
     """Print tables, draw pictures."""
-    sys.stdout.write(f"{accuracy_table(accuracy)}\n")
-    if latency is not None:
-        sys.stdout.write(f"\n{latency_table(latency)}\n")
-        if pictures is not None:
-            for path in draw_latency(latency, pictures, accuracy if bubbles else None):
-                sys.stdout.write(f"{path}\n")
+    texts = [accuracy_table(chosen.csv), ranking_tables(chosen.csv)]
+    texts += [published_table(chosen.csv, config) for config in chosen.published]
+    pictures = [] if chosen.pictures is None else draw_accuracy(chosen.csv, chosen.pictures)
+    if chosen.latency is not None:
+        texts.append(latency_table(chosen.latency))
+        if chosen.pictures is not None:
+            pictures += draw_latency(chosen.latency, chosen.pictures, chosen.csv if chosen.bubbles else None)
+    sys.stdout.write("\n\n".join([*filter(None, texts), *map(str, pictures)]) + "\n")
 
 
 if __name__ == "__main__":
