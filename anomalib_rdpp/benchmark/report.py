@@ -78,6 +78,7 @@ def caption(rows: pd.DataFrame) -> str:
 
 def mean_and_spread(values: pd.Series) -> str:
     """Mean, and standard deviation where there is more than one value."""
+    values = values.dropna()
     if values.empty:
         return "-"
     return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
