@@ -1,6 +1,8 @@
 """The accuracy benchmark: rows written once, failures told, parts of data, shards."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -110,6 +112,19 @@ def test_best_epoch_on_test_is_a_row_of_its_own_and_said(grid):
     assert (best["error"], best["test_images"], best["steps"]) == ("", "8", "2")
     assert 0 <= float(best["pixel_AUPRO"]) <= 1
     assert "**best epoch on the test images**" in accuracy_table(output)
+
+
+@pytest.mark.slow
+def test_runs_of_two_processes_are_one_row_each(grid):
+    config, output = grid([0, 1], ours=RDPP)
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "trainer": trainer}))
+    command = [sys.executable, "-m", "anomalib_rdpp.benchmark", "accuracy", str(config), "--output", str(output)]
+    subprocess.run(command, check=True, timeout=600)
+    assert [(row["seed"], row["error"], row["steps"]) for row in read_rows(output, COLUMNS)] == [
+        ("0", "", "1"),
+        ("1", "", "1"),
+    ]
 
 
 def test_file_that_is_no_grid_is_named(tmp_path, capsys):

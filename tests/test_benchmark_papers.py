@@ -1,5 +1,7 @@
 """The papers' protocols: grids with categories, one model for several, published figures beside ours, rankings."""
 
+import inspect
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +17,8 @@ from anomalib_rdpp.benchmark.latency import _random_extractor
 from anomalib_rdpp.benchmark.ranking import draw_accuracy, published_table, ranking_tables
 from anomalib_rdpp.benchmark.rows import append_row, read_rows
 
+GRIDS = sorted((Path(__file__).parents[1] / "configs/benchmark").glob("**/*.yaml"))
+GRIDS = [path for path in GRIDS if path.stem != "latency" and path.parent.name != "models"]
 PAPERS = sorted((Path(__file__).parents[1] / "configs/benchmark/papers").glob("*.yaml"))
 # Per data set: folders of training images, normal and abnormal test images, masks.
 LAYOUTS = {
@@ -66,7 +70,7 @@ def stand_in(config, folder, models):
         draw(folder / "data", layout, category)
     part |= {"epochs": 1, "init_args": {**part["init_args"], "root": str(folder / "data")}}
     path = folder / config.name
-    path.write_text(yaml.safe_dump({**grid, "data": {name: part}, "image_size": 64, "batch_size": 2}))
+    path.write_text(yaml.safe_dump({**grid, "data": {name: part}, "image_size": 64, "batch_size": 2}, sort_keys=False))
     return path
 
 
@@ -75,6 +79,16 @@ def start(config, folder, models):
     with mock.patch("anomalib.models.image.cfa.torch_model.get_feature_extractor", _random_extractor):
         run_accuracy(path, folder / "rows.csv")
     return read_rows(folder / "rows.csv", COLUMNS)
+
+
+@pytest.mark.parametrize("config", GRIDS, ids=lambda path: path.stem)
+def test_grid_names_classes_and_arguments_that_there_are(config):
+    grid = read_grid(config)
+    assert grid["teacher"]
+    for part in (*grid["models"].values(), *grid["data"].values()):
+        module, _, name = part["class_path"].rpartition(".")
+        known = inspect.signature(getattr(import_module(module), name)).parameters
+        assert set(part.get("init_args", {})) <= set(known)
 
 
 @pytest.mark.parametrize("config", PAPERS, ids=lambda path: path.stem)
