@@ -42,7 +42,8 @@ def ranking_tables(path: Path) -> str:
                 cells = [
                     "-" if pd.isna(value) else mean_and_spread(runs.get_group(model)) for model, value in values.items()
                 ]
-                cells = [f"**{c}**" if v == values.max() else c for c, v in zip(cells, values, strict=True)]
+                is_best = values.round(1) == values.max().round(1)  # as far as it is printed
+                cells = [f"**{cell}**" if best else cell for cell, best in zip(cells, is_best, strict=True)]
                 lines.append(f"| {' | '.join([data, *cells])} |")
             common = means.dropna()
             if len(common):
@@ -133,8 +134,8 @@ def draw_accuracy(path: Path, folder: Path) -> list[Path]:
             axis.set_ylim(max(0, means.min().min() - 5), 100)
             axis.set_xlabel("")
             axis.set_ylabel(f"{metric.replace('_', ' ')}, %\n(axis cut)", fontsize=8)
-        axes[0, 0].legend(fontsize=8, ncols=len(means.columns), loc="lower center", bbox_to_anchor=(0.5, 1))
-        figure.suptitle(f"{_settings(rows)}. {caption(rows).replace('**', '')}", fontsize=8)
+        axes[0, 0].legend(fontsize=8, ncols=min(4, len(means.columns)), loc="lower center", bbox_to_anchor=(0.5, 1))
+        figure.suptitle(f"{_settings(rows)}. {caption(rows).replace('**', '')}", fontsize=8, wrap=True)
         stem = "_".join([*rows[["image_size", "batch_size"]].iloc[0], rows["protocol"].iloc[0].replace(" ", "_")])
         pictures.append(folder / f"accuracy_{stem}.png")
         figure.savefig(pictures[-1], dpi=90)
