@@ -42,7 +42,7 @@ def draw_histograms(analyses: dict[str, Analysis], path: Path) -> Path:
             is_comparable = title.startswith("feature")
             edges = common if is_comparable else np.histogram_bin_edges(np.concatenate(list(own[title].values())), BINS)
             for (label, values), colour in zip(own[title].items(), ("tab:blue", "tab:red"), strict=True):
-                axis.hist(values, edges, density=True, alpha=0.55, color=colour, label=label)
+                axis.hist(values, edges, density=True, histtype="stepfilled", alpha=0.55, color=colour, label=label)
             axis.set_title(f"{name}: {title}", fontsize=8)
             axis.set_yscale("log" if title.startswith("map") else "linear")
             axis.set_yticks([])
