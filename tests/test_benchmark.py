@@ -1,13 +1,16 @@
 """The accuracy benchmark: rows written once, failures told, parts of data, shards."""
 
 import csv
+import subprocess
+import sys
 
 import pytest
 import yaml
 
+from anomalib_rdpp.benchmark import accuracy
 from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
 from anomalib_rdpp.benchmark.report import accuracy_table
-from anomalib_rdpp.benchmark.rows import read_rows
+from anomalib_rdpp.benchmark.rows import append_row, read_rows
 
 RDPP = {"class_path": "anomalib_rdpp.RDPP", "init_args": {"backbone": "resnet18", "pre_trained": False}}
 
@@ -51,6 +54,89 @@ def test_failed_model_is_told_and_the_rest_complete(grid):
     assert "| tiny | 64 | ours | 1 |" in table
 
 
+def test_missing_data_set_is_told_and_the_rest_complete(grid):
+    config, output = grid([0], ours=RDPP)
+    content = yaml.safe_load(config.read_text())
+    data = content["data"]["tiny"]
+    missing = {**data, "init_args": {**data["init_args"], "root": "/nowhere"}}
+    config.write_text(yaml.safe_dump({**content, "data": {"missing": missing, "tiny": data}}))
+    run_accuracy(config, output)
+    assert [(row["data"], bool(row["error"])) for row in read_rows(output, COLUMNS)] == [
+        ("missing", True),
+        ("tiny", False),
+    ]
+
+
+def test_grid_killed_in_the_middle_loses_no_run_and_doubles_none(grid, monkeypatch):
+    config, output = grid([0, 1, 2], one=RDPP, two=RDPP)
+    begun = []
+
+    def killed_in_the_fourth(_grid, data, model, seed, *_):
+        begun.append((model, seed))
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return {data: {"image_AUROC": 0.5}}
+
+    monkeypatch.setattr(accuracy, "_train_and_test", killed_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run_accuracy(config, output)
+    assert len(read_rows(output, COLUMNS)) == 3
+    with output.open("a") as file:
+        file.write("tiny,two,1,1,")  # a row that was cut short
+    run_accuracy(config, output)
+    runs = [(row["model"], row["seed"]) for row in read_rows(output, COLUMNS)]
+    assert sorted(runs) == sorted((model, seed) for model in ("one", "two") for seed in "012")
+    assert len(begun) == 7  # the killed one twice
+
+
+def test_rows_of_an_older_file_are_kept_and_their_protocol_known(grid):
+    config, output = grid([0], ours=RDPP)
+    older = [name for name in COLUMNS if name not in ("protocol", "teacher")]
+    facts = {"epochs": 1, "image_size": 64, "batch_size": 2, "image_AUROC": 0.5}
+    append_row(output, older, {"data": "tiny", "model": "ours", "seed": 0, **facts})
+    run_accuracy(config, output)
+    assert len(read_rows(output, COLUMNS)) == 1  # not run again
+    append_row(
+        output, COLUMNS, {"data": "tiny", "model": "other", "seed": 0, **facts, "protocol": "last", "teacher": "T"}
+    )
+    assert [row["teacher"] for row in read_rows(output, COLUMNS)] == ["", "T"]
+    assert "last epoch, tested once. Teacher: not recorded (ours); T (other)." in accuracy_table(output)
+
+
+def test_best_epoch_on_test_is_a_row_of_its_own_and_said(grid):
+    config, output = grid([0], ours={**RDPP, "epochs": 2})
+    for best_on_test in (False, True, True):
+        run_accuracy(config, output, best_on_test=best_on_test)
+    last, best = read_rows(output, COLUMNS)
+    assert (last["protocol"], best["protocol"]) == ("last", "best on test")
+    assert (best["error"], best["test_images"], best["steps"]) == ("", "8", "2")
+    assert 0 <= float(best["pixel_AUPRO"]) <= 1
+    assert "**best epoch on the test images**" in accuracy_table(output)
+
+
+@pytest.mark.slow
+def test_runs_of_two_processes_are_one_row_each(grid):
+    config, output = grid([0, 1], ours=RDPP)
+    trainer = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "trainer": trainer}))
+    command = [sys.executable, "-m", "anomalib_rdpp.benchmark", "accuracy", str(config), "--output", str(output)]
+    subprocess.run(command, check=True, timeout=600)
+    assert [(row["seed"], row["error"], row["steps"]) for row in read_rows(output, COLUMNS)] == [
+        ("0", "", "1"),
+        ("1", "", "1"),
+    ]
+
+
+def test_file_that_is_no_grid_is_named(tmp_path, capsys):
+    from anomalib_rdpp.benchmark.__main__ import main
+
+    config = tmp_path / "other.yaml"
+    config.write_text("models: {}")
+    with pytest.raises(SystemExit):
+        main(["accuracy", str(config), "--output", str(tmp_path / "rows.csv")])
+    assert "other.yaml' is no grid of the accuracy benchmark: it has no batch_size, data" in capsys.readouterr().err
+
+
 def test_row_that_is_there_is_not_run_again(grid):
     config, output = grid([0], ours=RDPP)
     run_accuracy(config, output)
@@ -92,12 +178,50 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=four)
     rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
     assert tuple(row["precision"] for row in rows) == four
-    with pytest.raises(ValueError, match=r"Unknown int4; choose of torch, fp32"):
+    with pytest.raises(ValueError, match=r"Unknown 'int4'; choose of 'torch', 'fp32'"):
         precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["int4"])
     trained = read_rows(output, COLUMNS)[0]
     assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
     assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]
     assert "| tiny | 64 | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
+
+
+def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
+    from anomalib_rdpp.benchmark import precision
+
+    config, output = grid([0], ours=RDPP)
+    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch", "int8"])
+    rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
+    assert [row["precision"] for row in rows] == ["torch", "int8"]
+    assert all("No checkpoint" in row["error"] for row in rows)
+
+
+def test_analyses_of_trained_models(grid, tmp_path, capsys):
+    from anomalib_rdpp.benchmark.__main__ import main
+    from anomalib_rdpp.benchmark.analyses import COLUMNS as ANALYSES
+
+    random = {"init_args": {"backbone": "resnet18", "pre_trained": False}}
+    models = {
+        "RD": {"class_path": "anomalib.models.ReverseDistillation", **random},
+        "RD++": RDPP,
+        "AAND": {"class_path": "anomalib_rdpp.AAND", **random},
+        "PatchCore": {"class_path": "anomalib.models.Patchcore", **random},
+    }
+    config, output = grid([0], **models)
+    run_accuracy(config, output)
+    config, _ = grid([0], **models, untrained=RDPP)
+    csv_path = tmp_path / "analyses.csv"
+    main(["analyses", str(config), "--results", str(output.parent), "--output", str(csv_path)])
+    rows = {row["model"]: row for row in read_rows(csv_path, ANALYSES)}
+    assert [name for name, row in rows.items() if row["error"]] == ["untrained"]
+    for name in ("normal", "normal_mse", "abnormal", "noise"):
+        assert rows["RD"][f"teacher_{name}"] == rows["RD"][f"student_{name}"] != ""  # RD's student sees the teacher
+        assert rows["RD++"][f"teacher_{name}"] != rows["RD++"][f"student_{name}"]
+    assert rows["PatchCore"]["student_normal"] == ""
+    assert all(0 <= float(row["pixel_overlap"]) <= 1 for row in rows.values() if not row["error"])
+    printed = capsys.readouterr().out
+    assert "| tiny | 64 | RD++ | 1 |" in printed
+    assert (tmp_path / "analyses_tiny.png").is_file()
 
 
 def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path):

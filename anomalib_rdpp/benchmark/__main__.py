@@ -1,4 +1,4 @@
-"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|profile|steps|report|gallery ...``."""
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark COMMAND ...``; docs/benchmark.md leads through them."""
 
 import argparse
 import sys
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .accuracy import run_accuracy
+from .analyses import analyses_table, run_analyses
 from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
 from .layers import layer_table
 from .precision import PRECISIONS, precision_table, run_precision
+from .ranking import draw_accuracy, published_table, ranking_tables
 from .report import accuracy_table
 from .speed import draw_latency, latency_table
 from .steps import run_steps
@@ -34,8 +36,22 @@ def _parser() -> argparse.ArgumentParser:
     accuracy = commands.add_parser("accuracy", help="train and test models x data x seeds, one CSV row each")
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
-    accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
+    accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th run, from the i-th")
+    accuracy.add_argument(
+        "--best-on-test",
+        action="store_true",
+        help="report the best epoch on the TEST images, as the published programs do; rows and tables say so",
+    )
     accuracy.set_defaults(run=_run_accuracy)
+
+    analyses = commands.add_parser("analyses", help="analyse what a grid's models do to features, scores, maps")
+    analyses.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
+    analyses.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
+    analyses.add_argument("--output", type=Path, default=Path("results/analyses.csv"), help="CSV, pictures beside it")
+    analyses.add_argument("--seed", type=int, default=0, help="of the runs to analyse")
+    analyses.add_argument("--data", nargs="+", help="names of the first grid's data, all by default")
+    analyses.add_argument("--models", nargs="+", help="names of the grids' models, all by default")
+    analyses.set_defaults(run=_run_analyses)
 
     latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
     latency.add_argument("config", type=Path, help="YAML grid")
@@ -50,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--seed", type=int, default=0, help="of the runs to test")
     precision.add_argument("--data", nargs="+", help="names of the grid's data, all by default")
     precision.add_argument("--models", nargs="+", help="names of the grid's models, all by default")
-    precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(PRECISIONS)}")
+    precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(map(repr, PRECISIONS))}")
     precision.set_defaults(run=_run_precision)
 
     layers = commands.add_parser("profile", help="say where OpenVINO spends the time of an exported model")
@@ -70,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
     report.add_argument("csv", type=Path, help="accuracy CSV")
+    report.add_argument("--published", nargs="+", type=Path, default=[], help="YAML grids with published figures")
     report.add_argument("--latency", type=Path, help="latency CSV")
-    report.add_argument("--pictures", type=Path, help="folder for pictures of the latency CSV")
+    report.add_argument("--pictures", type=Path, help="folder for pictures")
     report.add_argument("--bubbles", action="store_true", help="also draw accuracy over latency, of equal backbones")
     report.set_defaults(run=_run_report)
 
@@ -90,9 +107,23 @@ def _run_accuracy(chosen: argparse.Namespace) -> list[str]:
     if not (index.isdigit() and count.isdigit()):
         msg = f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'"
         raise ValueError(msg)
-    for config in chosen.configs:
-        run_accuracy(config, chosen.output, (int(index), int(count)))
+
+    def failure(config: Path) -> str:
+        try:
+            run_accuracy(config, chosen.output, (int(index), int(count)), chosen.best_on_test)
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+        return ""
+
+    if failures := list(filter(None, map(failure, chosen.configs))):  # after all grids
+        raise ValueError(" ".join(failures))
     return []
+
+
+def _run_analyses(chosen: argparse.Namespace) -> list[str | Path]:
+    which = chosen.seed, chosen.data, chosen.models
+    pictures = run_analyses(chosen.configs, chosen.results, chosen.output, *which)
+    return [analyses_table(chosen.output), "", *pictures]
 
 
 def _run_latency(chosen: argparse.Namespace) -> list[str]:
@@ -115,12 +146,14 @@ def _run_steps(chosen: argparse.Namespace) -> list[str]:
 
 
 def _run_report(chosen: argparse.Namespace) -> list[str | Path]:
-    lines = [accuracy_table(chosen.csv)]
+    texts = [accuracy_table(chosen.csv), ranking_tables(chosen.csv)]
+    texts += [published_table(chosen.csv, config) for config in chosen.published]
+    pictures = [] if chosen.pictures is None else draw_accuracy(chosen.csv, chosen.pictures)
     if chosen.latency is not None:
-        lines += ["", latency_table(chosen.latency)]
+        texts.append(latency_table(chosen.latency))
         if chosen.pictures is not None:
-            lines += draw_latency(chosen.latency, chosen.pictures, chosen.csv if chosen.bubbles else None)
-    return lines
+            pictures += draw_latency(chosen.latency, chosen.pictures, chosen.csv if chosen.bubbles else None)
+    return ["\n\n".join(filter(None, texts)), *pictures]
 
 
 def _run_gallery(chosen: argparse.Namespace) -> list[Path]:

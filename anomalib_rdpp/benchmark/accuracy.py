@@ -2,7 +2,7 @@
 
 Protocol: a fixed number of epochs, the last one is tested once; no validation, no early stopping, nothing is chosen on
 test data. A row that is in the CSV is not run again; a run that fails becomes a row with its error, and the next call
-tries it again.
+tries it again. ``best_on_test`` does what the published programs do, and its rows say so.
 """
 
 import logging
@@ -10,45 +10,41 @@ import platform
 import resource
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from anomalib.data import AnomalibDataModule, get_datamodule
+from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
-from anomalib.metrics import AUPRO, Evaluator, F1Max
 from anomalib.models import AnomalibModule
-from anomalib.utils.serialization import anomalib_safe_globals
-from lightning import seed_everything
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 
-from anomalib_rdpp.metrics import AUROC
-
+from .grid import build_datamodule, build_model, epochs_of, read_grid, row_names, run_folder, sets_to_test
 from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
 
-KEY = ("data", "model", "seed", "epochs", "image_size", "batch_size")
+KEY = ("data", "model", "seed", "epochs", "image_size", "batch_size", "protocol")
 METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max")
+PROTOCOLS = ("last", "best on test")
 COLUMNS = (
     "data", "model", "seed", "epochs", "steps", "train_images", "test_images", "image_size", "batch_size",
     *METRICS,
-    "fit_seconds", "test_seconds", "peak_memory_mib", "parameters", "anomalib", "torch", "commit", "device", "error",
+    "fit_seconds", "test_seconds", "peak_memory_mib", "parameters", "anomalib", "torch", "commit", "device",
+    "protocol", "teacher", "error",
 )  # fmt: skip
 
 
-def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1)) -> None:
+def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1), best_on_test: bool = False) -> None:
     """Run the rows of a grid that ``output`` doesn't hold yet.
 
     Args:
-        config: YAML with ``models`` and ``data`` (each a mapping from a name to ``class_path`` and ``init_args``; data
-            also ``epochs`` and, to take a part, ``train_every`` and ``test_every``), ``seeds``, ``image_size`` and
-            ``batch_size``.
+        config: YAML, see ``grid``.
         output: CSV file, appended to; its folder also takes the checkpoints.
-        shard: ``(i, n)`` runs every n-th row from the i-th, so that machines can share a grid.
+        shard: ``(i, n)`` runs every n-th run from the i-th, so that machines can share a grid.
+        best_on_test: Test after every epoch and report that of the highest image AUROC **on the test images**, as the
+            published programs do. Such rows are labelled; by default the last epoch is reported.
 
     Raises:
         ValueError: If the shard is not within 1..n.
@@ -57,24 +53,31 @@ def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1)) ->
     if not 1 <= index <= count:
         msg = f"A shard is i/n with 1 <= i <= n, got {index}/{count}."
         raise ValueError(msg)
-    grid = yaml.safe_load(config.read_text())
-    rows = list(_rows(grid))[index - 1 :: count]
-    done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS) if not row["error"]}
-    for number, (data, model, seed) in enumerate(rows, 1):
-        epochs = _epochs(grid, data, model)
-        if tuple(map(str, (data, model, seed, epochs, grid["image_size"], grid["batch_size"]))) in done:
+    grid = read_grid(config)
+    runs = list(_runs(grid))[index - 1 :: count]
+    done = {tuple(row[key] for key in KEY) for row in read_results(output) if not row["error"]}
+    for number, (data, model, seed) in enumerate(runs, 1):
+        facts = {"model": model, "seed": seed, "epochs": epochs_of(grid, data, model), **_facts(grid, best_on_test)}
+        rows = {name: {"data": name, **facts} for name in row_names(grid, data)}
+        if all(tuple(str(row[key]) for key in KEY) in done for row in rows.values()):
             continue
-        logger.warning("row %d of %d: %s on %s, seed %d", number, len(rows), model, data, seed)
-        row = {"data": data, "model": model, "seed": seed, "epochs": epochs, **_facts(grid)}
+        logger.warning("run %d of %d: %s on %s, seed %d", number, len(runs), model, data, seed)
         try:
-            row |= _train_and_test(grid, data, model, seed, output.parent)
+            for name, results in _train_and_test(grid, data, model, seed, output.parent, best_on_test).items():
+                rows[name] |= results
         except Exception as error:
-            logger.exception("row %d failed", number)
-            row["error"] = f"{type(error).__name__}: {error}".replace("\n", " ")
-        append_row(output, COLUMNS, row)
+            logger.exception("run %d failed", number)
+            rows = {name: {**row, "error": f"{type(error).__name__}: {error}"} for name, row in rows.items()}
+        for row in rows.values():
+            rank_zero_only(append_row)(output, COLUMNS, row)
 
 
-def _rows(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+def read_results(path: Path) -> list[dict[str, str]]:
+    """Read the rows of such a CSV; older ones don't name their protocol, which was the last epoch."""
+    return [{**row, "protocol": row["protocol"] or PROTOCOLS[0]} for row in read_rows(path, COLUMNS)]
+
+
+def _runs(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
     """Seeds outermost, so that a grid that is cut short compares all models."""
     for seed in grid["seeds"]:
         for data in grid["data"]:
@@ -82,105 +85,89 @@ def _rows(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
                 yield data, model, seed
 
 
-def _train_and_test(grid: dict[str, Any], data: str, model: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Train one model for its epochs, test it once."""
+def _train_and_test(
+    grid: dict[str, Any],
+    data: str,
+    model: str,
+    seed: int,
+    folder: Path,
+    best_on_test: bool,
+) -> dict[str, dict[str, Any]]:
+    """Train one model for its epochs, test it once, on joined categories once each; a row's figures by its data."""
     seed_everything(seed, workers=True)
     datamodule = build_datamodule(grid, data)
-    module = build_model(grid, model)
+    module = build_model(grid, model, has_masks=datamodule.task == "segmentation")
+    every_epoch = _EveryEpoch()
+    options = {"limit_val_batches": 0, **grid.get("trainer", {}), **grid["models"][model].get("trainer", {})}
+    if best_on_test:
+        if len(row_names(grid, data)) > 1:
+            msg = "Joined categories have no single best epoch on test images: leave --best-on-test away."
+            raise ValueError(msg)
+        datamodule.val_data = datamodule.test_data
+        options |= {"limit_val_batches": 1.0, "check_val_every_n_epoch": 1, "callbacks": [every_epoch]}
     engine = Engine(
-        max_epochs=_epochs(grid, data, model),
+        max_epochs=epochs_of(grid, data, model),
         default_root_dir=run_folder(grid, data, model, seed, folder),
-        limit_val_batches=0,
         num_sanity_val_steps=0,
         logger=False,
+        **options,
     )
     start = time.perf_counter()
     engine.fit(module, datamodule=datamodule)
-    fitted = time.perf_counter()
-    metrics = engine.test(module, datamodule=datamodule, verbose=False)[0]
-    return {
+    facts = {
         "epochs": engine.trainer.current_epoch,
         "steps": engine.trainer.global_step,
         "train_images": len(datamodule.train_data),
-        "test_images": len(datamodule.test_data),
-        **{name: round(float(metrics[name]), 4) for name in METRICS if name in metrics},
-        "fit_seconds": round(fitted - start),
-        "test_seconds": round(time.perf_counter() - fitted),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,  # of the process so far
+        "fit_seconds": round(time.perf_counter() - start),
         "parameters": sum(p.numel() for p in module.parameters()),
         "device": f"{engine.trainer.strategy.root_device} {platform.machine()}",
     }
+    tested = {data: every_epoch.best()} if best_on_test else _test(engine, module, datamodule, grid, data)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process so far
+    return {name: {**facts, **results, "peak_memory_mib": memory} for name, results in tested.items()}
 
 
-def run_folder(grid: dict[str, Any], data: str, model: str, seed: int, results: Path) -> Path:
-    """Name the folder of a run's checkpoint; grids that differ in size or epochs may share ``results``."""
-    return results / data / model / f"{grid['image_size']}px_{_epochs(grid, data, model)}epochs_seed{seed}"
+def _test(
+    engine: Engine,
+    module: AnomalibModule,
+    datamodule: AnomalibDataModule,
+    grid: dict[str, Any],
+    data: str,
+) -> dict[str, dict[str, Any]]:
+    """Test each set that is tested apart."""
+    tested = {}
+    for name, images in sets_to_test(grid, data, datamodule).items():
+        datamodule.test_data = images
+        start = time.perf_counter()
+        metrics = engine.test(module, datamodule=datamodule, verbose=False)[0]
+        tested[name] = {"test_images": len(images), "test_seconds": round(time.perf_counter() - start)}
+        tested[name] |= _in_row(metrics)
+    return tested
 
 
-def _epochs(grid: dict[str, Any], data: str, model: str) -> int:
-    """Epochs of the model where it names its own, else of the data."""
-    return grid["models"][model].get("epochs", grid["data"][data]["epochs"])
+class _EveryEpoch(Callback):
+    """Keep the metrics of each epoch's validation, which is on the test images here."""
+
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+        """Take what the evaluator has logged."""
+        del pl_module
+        images = {"test_images": len(trainer.datamodule.val_data)}
+        self.results.append({**images, **_in_row(trainer.callback_metrics)})
+
+    def best(self) -> dict[str, Any]:
+        """Give the metrics of the epoch with the highest image AUROC."""
+        return max(self.results, key=lambda results: results["image_AUROC"])
 
 
-def build_datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
-    """Build a datamodule, with a part of its images where the grid says so."""
-    part = grid["data"][name]
-    init_args = {
-        "train_batch_size": grid["batch_size"],
-        "eval_batch_size": grid["batch_size"],
-        "num_workers": 0,
-        "val_split_mode": "same_as_test",
-        **part.get("init_args", {}),
-    }
-    datamodule = get_datamodule({"class_path": part["class_path"], "init_args": init_args})
-    datamodule.setup(TrainerFn.FITTING)  # as the trainer does: else it would set up again, and forget the part
-    for split, step in (("train", part.get("train_every", 1)), ("test", part.get("test_every", 1))):
-        dataset = getattr(datamodule, f"{split}_data")
-        in_name_order = dataset.samples["image_path"].sort_values().index
-        setattr(datamodule, f"{split}_data", dataset.subsample(list(in_name_order[::step])))
-    return datamodule
+def _in_row(metrics: dict[str, Any]) -> dict[str, float]:
+    """Round the metrics that rows have."""
+    return {name: round(float(metrics[name]), 4) for name in METRICS if name in metrics}
 
 
-def build_model(grid: dict[str, Any], name: str) -> AnomalibModule:
-    """Build a model with the same metrics and input size for all."""
-    module, _, class_name = grid["models"][name]["class_path"].rpartition(".")
-    model_class = getattr(import_module(module or "anomalib.models"), class_name)
-    size = grid["image_size"]
-    return model_class(
-        **grid["models"][name].get("init_args", {}),
-        pre_processor=model_class.configure_pre_processor((size, size)),
-        post_processor=False,
-        evaluator=Evaluator(
-            test_metrics=[
-                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
-                AUPRO(fields=["anomaly_map", "gt_mask"], prefix="pixel_"),
-                F1Max(fields=["pred_score", "gt_label"], prefix="image_"),
-            ],
-        ),
-        visualizer=False,
-    )
-
-
-def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results: Path) -> AnomalibModule:
-    """Build a model of a grid and load the newest checkpoint of its run.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    folder = run_folder(grid, data, name, seed, results)
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        msg = f"No checkpoint in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
-        raise FileNotFoundError(msg)
-    model = build_model(grid, name)
-    with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
-        state = torch.load(found[-1], "cpu", weights_only=True)["state_dict"]
-    model.load_state_dict(state, strict=False)
-    return model.eval()
-
-
-def _facts(grid: dict[str, Any]) -> dict[str, Any]:
+def _facts(grid: dict[str, Any], best_on_test: bool) -> dict[str, Any]:
     """What makes a row reproducible."""
     return {
         "image_size": grid["image_size"],
@@ -188,4 +175,6 @@ def _facts(grid: dict[str, Any]) -> dict[str, Any]:
         "anomalib": version("anomalib"),
         "torch": version("torch"),
         "commit": commit(),
+        "protocol": PROTOCOLS[best_on_test],
+        "teacher": grid.get("teacher", ""),
     }

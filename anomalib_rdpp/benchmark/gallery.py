@@ -7,11 +7,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import yaml
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 
-from .accuracy import build_datamodule, build_model, load_trained
+from .grid import build_datamodule, build_model, load_trained, read_grid
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def draw_gallery(configs: Sequence[Path], results: Path, output: Path, seed: int
     Raises:
         FileNotFoundError: If a run's checkpoint isn't there.
     """
-    grids = [yaml.safe_load(config.read_text()) for config in configs]
+    grids = [read_grid(config) for config in configs]
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
     for data in grids[0]["data"]:
@@ -46,7 +45,7 @@ def draw_gallery(configs: Sequence[Path], results: Path, output: Path, seed: int
                 scores[name] = np.array([float(answer.pred_score) for answer in answers])
         is_defect = np.array([bool(batch.gt_label) for batch in batches])
         chosen = _choose(scores[name], is_defect)
-        pictures.append(_draw(batches, maps, scores, chosen, output / f"{data}.png"))
+        pictures.append(_draw(batches, maps, scores, chosen, output / f"{data.replace('/', '_')}.png"))
     return pictures
 
 
@@ -61,7 +60,7 @@ def draw_anomalies(config: Path, output: Path, count: int = 6) -> list[Path]:
     Returns:
         The pictures; every image gets an anomaly here, whatever the model's probability.
     """
-    grid = yaml.safe_load(config.read_text())
+    grid = read_grid(config)
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
     for data in grid["data"]:
@@ -84,7 +83,7 @@ def draw_anomalies(config: Path, output: Path, count: int = 6) -> list[Path]:
                 for axis, one in zip(row, pixels, strict=True):
                     axis.imshow(one.float().permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
                     axis.set(xticks=[], yticks=[])  # the frame stays: a foreground may be all white
-            pictures.append(output / f"{data}_{name}_anomalies.png")
+            pictures.append(output / f"{data.replace('/', '_')}_{name}_anomalies.png")
             figure.savefig(pictures[-1], dpi=90)
             plt.close(figure)
     return pictures

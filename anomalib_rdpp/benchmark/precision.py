@@ -1,7 +1,7 @@
 """Accuracy that is left in each precision: the trained models of an accuracy grid, exported and tested again."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,6 @@ from typing import Any
 import nncf
 import openvino as ov
 import torch
-import yaml
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.models import AnomalibModule
 from torch.utils.data import DataLoader
@@ -18,13 +17,14 @@ from tqdm import tqdm
 
 from anomalib_rdpp.export import calibration_images, quantize
 
-from .accuracy import METRICS, build_datamodule, load_trained
+from .accuracy import METRICS
+from .grid import build_datamodule, load_trained, read_grid
 from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
 
 KEY = ("data", "image_size", "model", "seed", "precision")
-COLUMNS = (*KEY, "calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit")
+COLUMNS = (*KEY, "calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit", "error")
 # What INT8 was chosen from; the first is what an export with int8_ptq does.
 INT8 = {
     "int8": {},
@@ -45,6 +45,8 @@ def run_precision(
 ) -> None:
     """Test the grid's trained models in torch and in OpenVINO fp32, fp16 and INT8, a row each.
 
+    A model that fails becomes rows with its error, and the others go on; the next call tries it again.
+
     Args:
         config: Grid that ``run_accuracy`` was given.
         results: Folder of its CSV, where the checkpoints are.
@@ -55,39 +57,48 @@ def run_precision(
         precisions: Which of ``PRECISIONS``.
 
     Raises:
-        FileNotFoundError: If a run's checkpoint isn't there.
         ValueError: If data, model or precision is unknown.
     """
-    grid = yaml.safe_load(config.read_text())
+    grid = read_grid(config)
     for chosen, known in ((data, grid["data"]), (models, grid["models"]), (precisions, PRECISIONS)):
         if unknown := set(chosen or ()) - set(known):
-            msg = f"Unknown {', '.join(sorted(unknown))}; choose of {', '.join(known)}."
+            msg = f"Unknown {', '.join(map(repr, sorted(unknown)))}; choose of {', '.join(map(repr, known))}."
             raise ValueError(msg)
     for part in data or grid["data"]:
         for name in models or grid["models"]:
-            done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS)}
-            run = part, str(grid["image_size"]), name, str(seed)
-            missing = [precision for precision in precisions if (*run, precision) not in done]
-            if not missing:
-                continue
-            datamodule = build_datamodule(grid, part)
-            model = load_trained(grid, part, name, seed, results)
-            facts = {
-                "data": part,
-                "model": name,
-                "seed": seed,
-                "image_size": grid["image_size"],
-                "calibration_images": len(calibration_images(datamodule)),
-                "test_images": len(datamodule.test_data),
-                "openvino": ov.__version__.split("-")[0],
-                "nncf": nncf.__version__,
-                "commit": commit(),
-            }
-            with TemporaryDirectory() as folder:
-                answers = _answers(model, grid["image_size"], datamodule, Path(folder))
+            done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS) if not row["error"]}
+            run = {"data": part, "image_size": grid["image_size"], "model": name, "seed": seed}
+            missing = [precision for precision in precisions if (*map(str, run.values()), precision) not in done]
+            try:
+                for row in _rows(grid, run, results, missing):
+                    append_row(output, COLUMNS, row)
+                    missing.remove(row["precision"])
+            except Exception as error:
+                logger.exception("%s on %s failed", name, part)
+                failure = {**run, "commit": commit(), "error": f"{type(error).__name__}: {error}"}
                 for precision in missing:
-                    metrics = _test(model, answers[precision](), datamodule, f"{part}, {name}, {precision}")
-                    append_row(output, COLUMNS, {**facts, "precision": precision, **metrics})
+                    append_row(output, COLUMNS, {**failure, "precision": precision})
+
+
+def _rows(grid: dict[str, Any], run: dict[str, Any], results: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
+    """Export one trained model, test each precision that is missing."""
+    if not missing:
+        return
+    datamodule = build_datamodule(grid, run["data"])
+    model = load_trained(grid, run["data"], run["model"], run["seed"], results)
+    facts = {
+        **run,
+        "calibration_images": len(calibration_images(datamodule)),
+        "test_images": len(datamodule.test_data),
+        "openvino": ov.__version__.split("-")[0],
+        "nncf": nncf.__version__,
+        "commit": commit(),
+    }
+    with TemporaryDirectory() as folder:
+        answers = _answers(model, grid["image_size"], datamodule, Path(folder))
+        for precision in tuple(missing):
+            label = f"{run['data']}, {run['model']}, {precision}"
+            yield {**facts, "precision": precision, **_test(model, answers[precision](), datamodule, label)}
 
 
 Answer = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -154,8 +165,8 @@ def _test(model: AnomalibModule, answer: Answer, datamodule: AnomalibDataModule,
 
 
 def precision_table(path: Path) -> str:
-    """Make a Markdown table: percent, and the difference to torch in points."""
-    rows: list[dict[str, Any]] = read_rows(path, COLUMNS)
+    """Make a Markdown table: percent, and the difference to torch in points; what failed is in the CSV alone."""
+    rows: list[dict[str, Any]] = [row for row in read_rows(path, COLUMNS) if not row["error"]]
     lines = [
         "| data | px | model | seed | precision | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
         "|" + "---|" * (len(METRICS) + 5),

@@ -9,25 +9,39 @@ from typing import Any
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read the whole rows of a CSV; none if there is no such file."""
+    """Read the whole rows of a CSV; none if there is no such file. A column that the file lacks is empty.
+
+    A line of column names holds until the next one, so that files of different versions may be joined by ``cat``.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file, columns)
-        return [row for row in rows if None not in row.values() and row[columns[0]] != columns[0]]  # no header
+    rows, names = [], list(columns)
+    for line in path.read_text().splitlines():
+        cells = next(csv.reader([line]), [])
+        if cells[:1] == [columns[0]]:
+            names = cells
+        elif len(cells) == len(names):
+            rows.append({**dict.fromkeys(columns, ""), **dict(zip(names, cells, strict=True))})
+    return rows
 
 
 def append_row(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
     """Append one row, on a line of its own even if the one before was cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
+    lines = path.read_text().splitlines() if path.exists() else []
+    headers = [line for line in lines if line.startswith(f"{columns[0]},")]
     with path.open("a", newline="") as file:
-        if text and not text.endswith("\n"):
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")
         writer = csv.DictWriter(file, columns)
-        if not text:
+        if headers[-1:] != [",".join(columns)]:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerow({name: _one_line(value) for name, value in row.items()})
+
+
+def _one_line(value: object) -> object:
+    """Keep a message of several lines from becoming several rows."""
+    return " ".join(value.splitlines()) if isinstance(value, str) else value
 
 
 def commit() -> str:

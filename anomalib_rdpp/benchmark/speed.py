@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .accuracy import COLUMNS as ACCURACY_COLUMNS
+from .accuracy import PROTOCOLS, read_results
 from .latency import COLUMNS, KEY, PRECISIONS
 from .rows import read_rows
 
@@ -122,8 +123,8 @@ def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
 
 def _bubbles(rows: pd.DataFrame, accuracy: Path, path: Path) -> Path:
     """Draw image AUROC over the time of the best precision; the bubble's area is the peak memory."""
-    results = pd.DataFrame(read_rows(accuracy, ACCURACY_COLUMNS), columns=ACCURACY_COLUMNS)
-    results = results[results["error"] == ""]
+    results = pd.DataFrame(read_results(accuracy), columns=ACCURACY_COLUMNS)
+    results = results[(results["error"] == "") & (results["protocol"] == PROTOCOLS[0])]
     auroc = 100 * pd.to_numeric(results["image_AUROC"]).groupby(results["model"]).mean()
     best = rows.loc[rows.groupby("model", sort=False)["median_ms"].idxmin()]
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
@@ -136,7 +137,7 @@ def _bubbles(rows: pd.DataFrame, accuracy: Path, path: Path) -> Path:
     axis.set_xscale("log")
     axis.margins(0.25)
     axis.set_xlabel("milliseconds per image, best precision")
-    axis.set_ylabel("image AUROC in %, mean of the accuracy benchmark")
+    axis.set_ylabel("image AUROC in %, last epoch, mean of the accuracy benchmark")
     axis.set_title(f"{rows['processor'].iloc[0]}, {rows['threads'].iloc[0]} threads; area: peak memory", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
