@@ -32,7 +32,14 @@ def _parser() -> argparse.ArgumentParser:
     """Describe the commands."""
     parser = argparse.ArgumentParser(prog="python -m anomalib_rdpp.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_runs(commands)
+    _add_times(commands)
+    _add_pictures(commands)
+    return parser
 
+
+def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Describe what trains or tests models."""
     accuracy = commands.add_parser("accuracy", help="train and test models x data x seeds, one CSV row each")
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
@@ -53,12 +60,6 @@ def _parser() -> argparse.ArgumentParser:
     analyses.add_argument("--models", nargs="+", help="names of the grids' models, all by default")
     analyses.set_defaults(run=_run_analyses)
 
-    latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
-    latency.add_argument("config", type=Path, help="YAML grid")
-    latency.add_argument("--output", type=Path, default=Path("results/latency.csv"), help="CSV; rows are appended")
-    latency.add_argument("--minutes", type=float, default=30, help="bound on the rounds of all")
-    latency.set_defaults(run=_run_latency)
-
     precision = commands.add_parser("precision", help="test an accuracy grid's models in torch, OpenVINO and INT8")
     precision.add_argument("config", type=Path, help="YAML grid that was run")
     precision.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
@@ -68,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     precision.add_argument("--models", nargs="+", help="names of the grid's models, all by default")
     precision.add_argument("--precisions", nargs="+", default=PRECISIONS, help=f"of {', '.join(map(repr, PRECISIONS))}")
     precision.set_defaults(run=_run_precision)
+
+
+def _add_times(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Describe what measures time."""
+    latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
+    latency.add_argument("config", type=Path, help="YAML grid")
+    latency.add_argument("--output", type=Path, default=Path("results/latency.csv"), help="CSV; rows are appended")
+    latency.add_argument("--minutes", type=float, default=30, help="bound on the rounds of all")
+    latency.set_defaults(run=_run_latency)
 
     layers = commands.add_parser("profile", help="say where OpenVINO spends the time of an exported model")
     layers.add_argument("model", type=Path, help="exported model (.xml)")
@@ -84,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--rounds", type=int, default=7, help="steps of each way")
     steps.set_defaults(run=_run_steps)
 
+
+def _add_pictures(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Describe what shows results."""
     report = commands.add_parser("report", help="print Markdown tables of such CSVs, draw pictures")
     report.add_argument("csv", type=Path, help="accuracy CSV")
     report.add_argument("--published", nargs="+", type=Path, default=[], help="YAML grids with published figures")
@@ -99,7 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("--anomalies", action="store_true", help="draw AAND's synthetic anomalies instead")
     gallery.add_argument("--seed", type=int, default=0, help="of the runs to draw")
     gallery.set_defaults(run=_run_gallery)
-    return parser
 
 
 def _run_accuracy(chosen: argparse.Namespace) -> list[str]:

@@ -12,6 +12,7 @@ import openvino as ov
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.models import AnomalibModule
+from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -28,6 +29,14 @@ COLUMNS = (*KEY, "calibration_images", "test_images", *METRICS, "openvino", "nnc
 # What INT8 was chosen from; the first is what an export with int8_ptq does.
 INT8 = {
     "int8": {},
+    "int8, NNCF's ranges": {
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
+    },
+    "int8, 8 bits of weights": {
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
+        )
+    },
     "int8, mixed preset": {"preset": nncf.QuantizationPreset.MIXED},
     "int8, map too": {"ignored_scope": nncf.IgnoredScope()},
 }
