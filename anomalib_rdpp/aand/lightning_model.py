@@ -65,7 +65,7 @@ class AAND(DistillationMixin, AnomalibModule):
         ValueError: If backbone, layers, weights, share, probability, foreground or ablations are not admissible.
         FileNotFoundError: If the file of teacher weights doesn't exist.
 
-    Example:
+    Examples:
         >>> model = AAND(backbone="resnet18", pre_trained=False)
         >>> model.name
         'AAND'

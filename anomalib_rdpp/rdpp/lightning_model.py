@@ -56,7 +56,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         ValueError: If backbone, layers, weights or noise sides are not admissible.
         FileNotFoundError: If the file of teacher weights doesn't exist.
 
-    Example:
+    Examples:
         >>> model = RDPP(backbone="resnet18", pre_trained=False)
         >>> model.name
         'RDPP'

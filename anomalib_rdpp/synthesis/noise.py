@@ -26,7 +26,7 @@ class SimplexNoise(nn.Module):
     Raises:
         ValueError: If the sides are not positive and in order.
 
-    Example:
+    Examples:
         >>> noisy = SimplexNoise()(torch.zeros(2, 3, 64, 64))
         >>> bool((noisy != 0).any())
         True
