@@ -1,9 +1,13 @@
 # make demo: set up, then train, test, picture and export RD++ on generated data
 # make test: set up, then run the tests; make test-all: those that take minutes too
+# make docs: build the documentation into site/
+# make notebooks: run all notebooks quickly; make notebooks QUICK=: as they are, some minutes each
 PYTHON ?= python3
 BIN := .venv/bin
+QUICK ?= 1
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all docs notebooks clean
 
 demo: .venv/ready
 	$(BIN)/python -W ignore -m anomalib_rdpp.demo
@@ -11,14 +15,24 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: .venv/ready
+test-all: .venv/ready .venv/docs .venv/notebooks
 	$(BIN)/python -m pytest
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: .venv/notebooks
+	QUICK=$(QUICK) $(BIN)/jupyter-execute $(wildcard notebooks/*.ipynb)
 
 # constraints.txt holds the versions that were tested together, so that a new release of a dependency breaks nobody.
 .venv/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard startup/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(INSTALL) '.[test]'
+	touch $@
+
+.venv/docs .venv/notebooks: .venv/%: .venv/ready
+	$(INSTALL) '.[$*]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist demo_results openvino_cache
+	rm -rf .venv build dist site demo_results notebooks/results openvino_cache

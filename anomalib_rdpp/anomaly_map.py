@@ -23,7 +23,7 @@ class AnomalyMapGenerator(nn.Module):
         sigma: Standard deviation of the Gaussian, in pixels of the image. Its radius is four times that. At the border
             the image is mirrored with its edge pixel repeated, as scipy's ``reflect`` does.
 
-    Example:
+    Examples:
         >>> generate = AnomalyMapGenerator()
         >>> teacher, student = [torch.rand(2, 8, 16, 16)], [torch.rand(2, 8, 16, 16)]
         >>> prediction = generate(teacher, student, (64, 64))

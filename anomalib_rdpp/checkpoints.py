@@ -56,7 +56,7 @@ def load_published(
         FileNotFoundError: If there is no such file.
         ValueError: If it can't be loaded safely, is damaged, is of another program or of another backbone.
 
-    Example:
+    Examples:
         >>> from tempfile import mkdtemp
         >>> path = f"{mkdtemp()}/published.pth"
         >>> torch.save(to_published(RDPP("resnet18", pre_trained=False)), path)

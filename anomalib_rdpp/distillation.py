@@ -52,7 +52,7 @@ class Teacher(nn.Module):
         ValueError: If the backbone has no decoder, the layers don't fit it, or the file doesn't hold its weights.
         FileNotFoundError: If the weights file doesn't exist.
 
-    Example:
+    Examples:
         >>> teacher = Teacher("resnet18", pre_trained=False)
         >>> [tuple(feature.shape) for feature in teacher(torch.rand(1, 3, 64, 64))]
         [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4)]
@@ -113,7 +113,7 @@ class Student(nn.Module):
     Args:
         backbone: timm name of the teacher.
 
-    Example:
+    Examples:
         >>> student = Student("resnet18")
         >>> features = [torch.rand(2, 64, 16, 16), torch.rand(2, 128, 8, 8), torch.rand(2, 256, 4, 4)]
         >>> [tuple(feature.shape) for feature in student(features)]

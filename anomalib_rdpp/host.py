@@ -12,6 +12,7 @@ from anomalib import LearningType
 from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import ImageVisualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -29,6 +30,17 @@ class DistillationMixin(SafeExportMixin):
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width; 256 x 256 by default) and no more: the teacher normalises."""
         return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+
+    @staticmethod
+    def configure_visualizer() -> ImageVisualizer:
+        """Draw image, heat map, and on the image again the truth's outline in green and the found one in red."""
+        return ImageVisualizer(
+            fields=["image"],
+            overlay_fields=[("image", ["anomaly_map"]), ("image", ["gt_mask", "pred_mask"])],
+            field_size=(384, 384),
+            overlay_fields_config={"gt_mask": {"color": (0, 255, 0), "alpha": 1.0, "mode": "contour"}},
+            text_config={"size": 22},  # the host's own is too wide for the titles
+        )
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

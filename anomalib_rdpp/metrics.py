@@ -13,7 +13,7 @@ class AUROC(metrics.AUROC):
     other batches as they are: scores of different batches are then on different scales, and the result is wrong. Here
     every value goes through one increasing function into [0, 1] first, which leaves the AUROC what it is.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from anomalib.data import ImageBatch
         >>> metric = AUROC(fields=["pred_score", "gt_label"])

@@ -1,6 +1,9 @@
 """RD++: what it computes, who learns, what it refuses."""
 
+import os
 import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +215,21 @@ def test_torch_seed_rules_the_noise():
     assert not torch.equal(noise(images), first)
     torch.manual_seed(5)
     assert torch.equal(noise(images), first)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs can't be taken away here")
+def test_process_with_one_cpu_ends_after_noise_and_a_fork():
+    code = """
+import os
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+import openvino, torch  # with its TBB, which numba would take
+from anomalib_rdpp.synthesis.noise import SimplexNoise
+SimplexNoise()(torch.zeros(1, 3, 64, 64))
+if os.fork() == 0:  # as a DataLoader does
+    os._exit(0)
+os.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_noise_fits_an_image_smaller_than_its_patches():

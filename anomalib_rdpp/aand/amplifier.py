@@ -22,7 +22,7 @@ class Amplifier(nn.Module):
     Raises:
         ValueError: If neither gate nor generator is left.
 
-    Example:
+    Examples:
         >>> amplified, gate = Amplifier(16)(torch.rand(2, 16, 8, 8))
         >>> amplified.shape, gate.shape
         (torch.Size([2, 16, 8, 8]), torch.Size([2, 1, 8, 8]))
@@ -65,7 +65,7 @@ class MatchingGate(nn.Module):
         key_count: L, number of learned keys for normal and again for anomalous positions.
         temperature: Divides the cosines before the softmax.
 
-    Example:
+    Examples:
         >>> MatchingGate(16)(torch.rand(2, 16, 8, 8)).shape
         torch.Size([2, 1, 8, 8])
     """

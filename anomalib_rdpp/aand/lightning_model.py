@@ -57,15 +57,15 @@ class AAND(DistillationMixin, AnomalibModule):
         foreground_dir: Folder of foreground masks instead (object not black), each with the stem of its image's file
             name and the size of its file. Pre-processor and augmentations may then resize, but not crop, flip or turn.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
-        post_processor: Post-processor, True for the host's, or False.
-        evaluator: Evaluator, True for the host's metrics, or False.
-        visualizer: Visualizer, True for the host's, or False.
+        post_processor: Post-processor, True for anomalib's, or False.
+        evaluator: Evaluator, True for anomalib's metrics, or False.
+        visualizer: Visualizer, True for anomalib's, or False.
 
     Raises:
         ValueError: If backbone, layers, weights, share, probability, foreground or ablations are not admissible.
         FileNotFoundError: If the file of teacher weights doesn't exist.
 
-    Example:
+    Examples:
         >>> model = AAND(backbone="resnet18", pre_trained=False)
         >>> model.name
         'AAND'

@@ -25,7 +25,7 @@ class AANDLoss(nn.Module):
     Raises:
         ValueError: If a weight is negative or the number of positions not positive.
 
-    Example:
+    Examples:
         >>> features = [torch.rand(2, 8, 4, 4)]
         >>> sorted(AANDLoss()(StudentFeatures(features, features)))
         ['distillation', 'hard', 'loss']

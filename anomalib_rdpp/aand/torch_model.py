@@ -48,7 +48,7 @@ class AANDModel(nn.Module):
     Raises:
         ValueError: If neither gate nor generator is left.
 
-    Example:
+    Examples:
         >>> model = AANDModel("resnet18", pre_trained=False).eval()
         >>> model(torch.rand(2, 3, 64, 64)).anomaly_map.shape
         torch.Size([2, 1, 64, 64])

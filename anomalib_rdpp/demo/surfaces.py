@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from anomalib.data import Folder
 from PIL import Image
 from scipy.ndimage import binary_closing, gaussian_filter, map_coordinates
 
@@ -53,6 +54,27 @@ def make_surfaces(
         image, mask = photograph(np.random.default_rng([seed, 0, number]), size, defect)
         _save(image, root / "test" / defect / f"{number:03}.png")
         _save(mask, root / "ground_truth" / defect / f"{number:03}.png")
+
+
+def read_surfaces(root: Path, seed: int = 0) -> Folder:
+    """Read a data set that ``make_surfaces`` wrote.
+
+    A third of the test images, chosen by the seed, sets the thresholds and is left out of the metrics.
+    """
+    return Folder(
+        name="cloth",
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{defect}" for defect in DEFECTS],
+        mask_dir=[f"ground_truth/{defect}" for defect in DEFECTS],
+        train_batch_size=8,
+        eval_batch_size=8,
+        num_workers=0,
+        val_split_mode="from_test",
+        val_split_ratio=1 / 3,
+        seed=seed,
+    )
 
 
 def photograph(generator: np.random.Generator, size: int, defect: str | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -48,15 +48,15 @@ class RDPP(DistillationMixin, AnomalibModule):
         projection: False for plain RD (CVPR 2022): the student sees the teacher's features as they are, and the
             distillation loss trains it alone.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
-        post_processor: Post-processor, True for the host's, or False.
-        evaluator: Evaluator, True for the host's metrics, or False.
-        visualizer: Visualizer, True for the host's, or False.
+        post_processor: Post-processor, True for anomalib's, or False.
+        evaluator: Evaluator, True for anomalib's metrics, or False.
+        visualizer: Visualizer, True for anomalib's, or False.
 
     Raises:
         ValueError: If backbone, layers, weights or noise sides are not admissible.
         FileNotFoundError: If the file of teacher weights doesn't exist.
 
-    Example:
+    Examples:
         >>> model = RDPP(backbone="resnet18", pre_trained=False)
         >>> model.name
         'RDPP'

@@ -33,7 +33,7 @@ class RDPPLoss(nn.Module):
     Raises:
         ValueError: If a weight is negative, the variant unknown or the number of positions not positive.
 
-    Example:
+    Examples:
         >>> features = [torch.rand(2, 8, 4, 4)]
         >>> terms = RDPPLoss()(RDPPFeatures(features, features, features, features, features))
         >>> sorted(terms)

@@ -37,7 +37,7 @@ class RDPPModel(nn.Module):
         noise: Adds pseudo-anomalies to images; None for the paper's.
         projection: False for plain RD (CVPR 2022), whose student sees the teacher's features as they are.
 
-    Example:
+    Examples:
         >>> model = RDPPModel("resnet18", pre_trained=False).eval()
         >>> model(torch.rand(2, 3, 64, 64)).anomaly_map.shape
         torch.Size([2, 1, 64, 64])
@@ -98,7 +98,7 @@ class Projection(nn.Sequential):
     Args:
         channels: C, a multiple of 4.
 
-    Example:
+    Examples:
         >>> Projection(16)(torch.rand(2, 16, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
     """

@@ -39,7 +39,7 @@ class TextureAnomalies(nn.Module):
     Raises:
         ValueError: If an argument is not admissible.
 
-    Example:
+    Examples:
         >>> images, masks, foreground = TextureAnomalies(probability=1)(torch.rand(2, 3, 64, 64))
         >>> images.shape, masks.shape, foreground.shape
         (torch.Size([2, 3, 64, 64]), torch.Size([2, 1, 64, 64]), torch.Size([2, 1, 64, 64]))

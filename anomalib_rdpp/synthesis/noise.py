@@ -4,10 +4,15 @@ Source: Tien et al., CVPR 2023, section 3.2; the published program's numbers (MI
 that every patch is the same field from its corner; here each image has a field of its own, as the paper reads.
 """
 
+import numba
 import numpy as np
 import torch
 from opensimplex import OpenSimplex
 from torch import nn
+
+# OpenSimplex runs in numba's threads. Those of TBB, numba's first choice once OpenVINO has loaded it, never end on a
+# machine of one CPU after a DataLoader has forked: Python would hang at exit.
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 class SimplexNoise(nn.Module):
@@ -26,7 +31,7 @@ class SimplexNoise(nn.Module):
     Raises:
         ValueError: If the sides are not positive and in order.
 
-    Example:
+    Examples:
         >>> noisy = SimplexNoise()(torch.zeros(2, 3, 64, 64))
         >>> bool((noisy != 0).any())
         True
