@@ -1,12 +1,13 @@
-"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|latency|precision|steps|report|gallery ...``."""
+"""Run benchmarks: ``python -m anomalib_rdpp.benchmark accuracy|curves|latency|precision|steps|report|gallery ...``."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
 from .accuracy import run_accuracy
+from .curves import curves_table, draw_curves, run_curves
 from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
 from .precision import PRECISIONS, precision_table, run_precision
@@ -26,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 parser.error(f"--shard takes i/n, 2/8 for instance, got '{chosen.shard}'")
             for config in chosen.configs:
                 run_accuracy(config, chosen.output, (int(index), int(count)))
+        elif chosen.command == "curves":
+            run_curves(chosen.config, chosen.output)
+            sys.stdout.write(f"{curves_table(chosen.output)}\n")
+            _list(draw_curves(chosen.output, chosen.pictures))
         elif chosen.command == "latency":
             run_latency(chosen.config, chosen.output, chosen.minutes)
         elif chosen.command == "precision":
@@ -41,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if chosen.anomalies
                 else [draw_gallery(chosen.configs, chosen.results, chosen.output, chosen.seed)]
             )
-            for path in chain(*draw):
-                sys.stdout.write(f"{path}\n")
+            _list(chain(*draw))
         else:
             _report(chosen.csv, chosen.latency, chosen.pictures, chosen.bubbles)
     except (FileNotFoundError, ValueError) as error:
@@ -58,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("configs", nargs="+", type=Path, help="YAML grids")
     accuracy.add_argument("--output", type=Path, default=Path("results/accuracy.csv"), help="CSV; rows in it are kept")
     accuracy.add_argument("--shard", default="1/1", help="i/n: run every n-th row, from the i-th")
+
+    curves = commands.add_parser("curves", help="test models every few epochs: accuracy over minutes of training")
+    curves.add_argument("config", type=Path, help="YAML grid")
+    curves.add_argument("--output", type=Path, default=Path("results/curves.csv"), help="CSV; rows in it are kept")
+    curves.add_argument("--pictures", type=Path, default=Path("results"), help="folder for pictures")
 
     latency = commands.add_parser("latency", help="time models x precisions x threads at batch 1, interleaved")
     latency.add_argument("config", type=Path, help="YAML grid")
@@ -101,8 +110,13 @@ def _report(accuracy: Path, latency: Path | None, pictures: Path | None, bubbles
     if latency is not None:
         sys.stdout.write(f"\n{latency_table(latency)}\n")
         if pictures is not None:
-            for path in draw_latency(latency, pictures, accuracy if bubbles else None):
-                sys.stdout.write(f"{path}\n")
+            _list(draw_latency(latency, pictures, accuracy if bubbles else None))
+
+
+def _list(paths: Iterable[Path]) -> None:
+    """Name the files that were written."""
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
 
 
 if __name__ == "__main__":
