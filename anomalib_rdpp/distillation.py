@@ -131,7 +131,17 @@ class Student(nn.Module):
         self.bottleneck.bn4.requires_grad_(requires_grad=False)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse; same shapes."""
+        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse; same shapes.
+
+        Raises:
+            ValueError: In training, if a batch of one 32 x 32 image leaves BatchNorm no second value.
+        """
+        if self.training and features[-1][:, 0].numel() == 4:  # 2 x 2, halved once more inside the bottleneck
+            msg = (
+                f"A training batch of one {STRIDE} x {STRIDE} image leaves BatchNorm one value per channel: take "
+                "larger images, or a batch size that leaves no last batch of one image."
+            )
+            raise ValueError(msg)
         return self.decoder(self.bottleneck(features))
 
 

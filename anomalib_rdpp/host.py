@@ -13,6 +13,7 @@ from anomalib.data import Batch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -57,6 +58,13 @@ class DistillationMixin(SafeExportMixin):
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
+    def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
+        """Log the mean map of normal images, which a stopping rule can watch without defects."""
+        del args, kwargs
+        normal = ~outputs.gt_label.bool()
+        if normal.any():
+            self.log("val_distance", outputs.anomaly_map[normal].mean(), batch_size=int(normal.sum()))
+
     def setup(self, stage: str) -> None:
         """Refuse a pre-processor that normalises.
 
@@ -75,10 +83,27 @@ class DistillationMixin(SafeExportMixin):
             raise ValueError(msg)
 
     def on_fit_start(self) -> None:
-        """Give each process its own noise: ``seed_everything`` seeds all alike."""
+        """Give each process its own noise: ``seed_everything`` seeds all alike.
+
+        Raises:
+            ValueError: If a callback is ``StochasticWeightAveraging``.
+        """
         super().on_fit_start()
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks):
+            msg = (
+                "StochasticWeightAveraging resets the statistics of every BatchNorm, the frozen teacher's too; take "
+                "lightning.pytorch.callbacks.EMAWeightAveraging to average weights."
+            )
+            raise ValueError(msg)
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def on_train_end(self) -> None:
+        """Leave all processes with one state: DDP keeps parameters equal, but not BatchNorm's statistics."""
+        super().on_train_end()
+        if self.trainer.world_size > 1:
+            for buffer in self.buffers():
+                buffer.copy_(self.trainer.strategy.broadcast(buffer))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse images with pixels outside of [0, 1] while they are still on the CPU.

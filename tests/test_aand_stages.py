@@ -329,3 +329,12 @@ Engine(default_root_dir={str(tmp_path)!r}, accelerator="cpu", devices=1, logger=
     assert diary.stages == stages
     assert run.trainer.global_step == 8
     assert all(diary.changed(i, "amplifiers" if stage == 1 else "student") for i, stage in enumerate(stages))
+
+
+def test_loading_a_checkpoint_of_stage_one_warns_unless_it_is_resumed(tiny_data, tmp_path, recwarn):
+    engine(tmp_path, checkpoints(tmp_path), max_epochs=2).fit(build(), datamodule=tiny_data)
+    engine(tmp_path, max_epochs=2).fit(build(), datamodule=tiny_data, ckpt_path=tmp_path / "0.ckpt")
+    AAND.load_from_checkpoint(tmp_path / "1.ckpt")
+    assert not [warning for warning in recwarn if "saved in stage one" in str(warning.message)]
+    with pytest.warns(UserWarning, match="saved in stage one: its student is untrained"):
+        AAND.load_from_checkpoint(tmp_path / "0.ckpt")

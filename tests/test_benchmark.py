@@ -281,3 +281,40 @@ def test_steps_of_both_ways_are_timed(tmp_path):
     rows = read_rows(tmp_path / "steps.csv", STEPS)
     assert {row["way"] for row in rows} == {"ours", "published"}
     assert all(float(row["median_ms"]) > 0 for row in rows)
+
+
+def test_curves_have_a_row_per_test_and_are_drawn(grid, tmp_path):
+    from anomalib_rdpp.benchmark.curves import COLUMNS as CURVES
+    from anomalib_rdpp.benchmark.curves import curves_table, draw_curves, run_curves
+
+    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
+    config, output = grid([0], ours=RDPP, averaged={**RDPP, "callbacks": [average]})
+    content = yaml.safe_load(config.read_text())
+    content["data"]["tiny"]["epochs"] = 2
+    config.write_text(yaml.safe_dump({**content, "every": 1}))
+    run_curves(config, output)
+    rows = read_rows(output, CURVES)
+    assert [(row["model"], row["epoch"]) for row in rows] == [
+        (model, epoch) for model in ("averaged", "ours") for epoch in "12"
+    ]
+    assert all(float(row["pixel_AUPRO"]) >= 0 and float(row["val_distance"]) > 0 for row in rows)
+    minutes = [float(row["fit_minutes"]) for row in rows]
+    assert 0 < minutes[0] < minutes[1]
+    run_curves(config, output)
+    assert len(read_rows(output, CURVES)) == 4
+    assert "| tiny | averaged | 1 | 2 |" in curves_table(output)
+    assert [path.name for path in draw_curves(output, tmp_path / "pictures")] == ["curves_tiny.png"]
+
+
+def test_model_of_an_unfinished_run_is_not_taken(grid):
+    from anomalib_rdpp.benchmark.grid import load_trained
+
+    config, output = grid([0], ours=RDPP)
+    run_accuracy(config, output)
+    content = yaml.safe_load(config.read_text())
+    assert load_trained(content, "tiny", "ours", 0, output.parent)
+    folder = output.parent / "tiny" / "ours"
+    (folder / "64px_1epochs_seed0").rename(folder / "64px_5epochs_seed0")
+    content["data"]["tiny"]["epochs"] = 5
+    with pytest.raises(FileNotFoundError, match="No trained model"):
+        load_trained(content, "tiny", "ours", 0, output.parent)

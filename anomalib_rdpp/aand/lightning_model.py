@@ -17,6 +17,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Adam
@@ -177,6 +178,12 @@ class AAND(DistillationMixin, AnomalibModule):
         """Load, and remember where stage two was to start."""
         super().on_load_checkpoint(checkpoint)
         self.resumed_amplifier_epochs = checkpoint.get("amplifier_epochs")
+        is_resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if checkpoint.get("state_dict", {}).get("model._extra_state", False) and not is_resuming:
+            rank_zero_warn(
+                "This checkpoint was saved in stage one: its student is untrained, and its map compares raw and "
+                "amplified teacher. Resume its training, with the same max_epochs.",
+            )
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
         """Export as the host does; what has no student yet is exported with a warning."""

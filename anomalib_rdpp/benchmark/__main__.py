@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .accuracy import run_accuracy
 from .analyses import analyses_table, run_analyses
+from .curves import curves_table, draw_curves, run_curves
 from .gallery import draw_anomalies, draw_gallery
 from .latency import run_latency
 from .layers import layer_table
@@ -50,6 +51,12 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="report the best epoch on the TEST images, as the published programs do; rows and tables say so",
     )
     accuracy.set_defaults(run=_run_accuracy)
+
+    curves = commands.add_parser("curves", help="test models every few epochs: accuracy over minutes of training")
+    curves.add_argument("config", type=Path, help="YAML grid")
+    curves.add_argument("--output", type=Path, default=Path("results/curves.csv"), help="CSV; rows in it are kept")
+    curves.add_argument("--pictures", type=Path, default=Path("results"), help="folder for pictures")
+    curves.set_defaults(run=_run_curves)
 
     analyses = commands.add_parser("analyses", help="analyse what a grid's models do to features, scores, maps")
     analyses.add_argument("configs", nargs="+", type=Path, help="YAML grids that were run")
@@ -130,6 +137,11 @@ def _run_accuracy(chosen: argparse.Namespace) -> list[str]:
     if failures := list(filter(None, map(failure, chosen.configs))):  # after all grids
         raise ValueError(" ".join(failures))
     return []
+
+
+def _run_curves(chosen: argparse.Namespace) -> list[str | Path]:
+    run_curves(chosen.config, chosen.output)
+    return [curves_table(chosen.output), "", *draw_curves(chosen.output, chosen.pictures)]
 
 
 def _run_analyses(chosen: argparse.Namespace) -> list[str | Path]:

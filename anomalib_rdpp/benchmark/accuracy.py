@@ -54,7 +54,7 @@ def run_accuracy(config: Path, output: Path, shard: tuple[int, int] = (1, 1), be
         msg = f"A shard is i/n with 1 <= i <= n, got {index}/{count}."
         raise ValueError(msg)
     grid = read_grid(config)
-    runs = list(_runs(grid))[index - 1 :: count]
+    runs = list(runs_of(grid))[index - 1 :: count]
     done = {tuple(row[key] for key in KEY) for row in read_results(output) if not row["error"]}
     for number, (data, model, seed) in enumerate(runs, 1):
         facts = {"model": model, "seed": seed, "epochs": epochs_of(grid, data, model), **_facts(grid, best_on_test)}
@@ -77,7 +77,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
     return [{**row, "protocol": row["protocol"] or PROTOCOLS[0]} for row in read_rows(path, COLUMNS)]
 
 
-def _runs(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
+def runs_of(grid: dict[str, Any]) -> Iterator[tuple[str, str, int]]:
     """Seeds outermost, so that a grid that is cut short compares all models."""
     for seed in grid["seeds"]:
         for data in grid["data"]:

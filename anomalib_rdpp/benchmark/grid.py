@@ -133,18 +133,18 @@ def _metrics(has_masks: bool) -> list[AUROC | AUPRO | F1Max]:
 
 
 def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results: Path) -> AnomalibModule:
-    """Build a model of a grid and load the newest checkpoint of its run.
+    """Build a model of a grid and load the newest checkpoint of its run's last epoch.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If there is none, because the run was not made or not finished.
     """
     folder = run_folder(grid, data, name, seed, results)
-    found = sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        msg = f"No checkpoint in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
-        raise FileNotFoundError(msg)
     model = build_model(grid, name)
-    with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
-        state = torch.load(found[-1], "cpu", weights_only=True)["state_dict"]
-    model.load_state_dict(state, strict=False)
-    return model.eval()
+    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
+            stored = torch.load(path, "cpu", weights_only=True)
+        if stored["epoch"] + 1 == epochs_of(grid, data, name):
+            model.load_state_dict(stored["state_dict"], strict=False)
+            return model.eval()
+    msg = f"No trained model in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
+    raise FileNotFoundError(msg)

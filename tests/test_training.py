@@ -1,0 +1,361 @@
+"""Training under the trainer's options: precision, several processes, resuming, callbacks, memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
+from anomalib.engine import Engine
+from lightning import seed_everything
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_rdpp import AAND, RDPP
+from anomalib_rdpp.threshold import NormalThreshold
+
+MODELS = [RDPP, AAND]
+
+
+@pytest.fixture(params=MODELS, ids=lambda model: model.__name__)
+def model_class(request):
+    return request.param
+
+
+def build(model_class, size=64, **arguments):
+    """Model of a tiny teacher."""
+    pre_processor = model_class.configure_pre_processor((size, size))
+    arguments = {"visualizer": False, "pre_processor": pre_processor, **arguments}
+    return model_class(backbone="resnet18", pre_trained=False, **arguments)
+
+
+def engine(folder, *callbacks, **arguments):
+    """Engine that saves no checkpoints, unless a callback does."""
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        callbacks = (*callbacks, ModelCheckpoint(folder, save_top_k=0))
+    arguments = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, **arguments}
+    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, callbacks=list(callbacks), **arguments)
+
+
+class Losses(Callback):
+    """Note the loss of each step."""
+
+    def __init__(self) -> None:
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        del trainer, pl_module, batch, batch_idx
+        self.steps.append(float(outputs["loss"]))
+
+
+# -- precision
+
+
+def dtypes(features):
+    """Types of a model's training features."""
+    return {feature.dtype for scales in features for feature in scales}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_keeps_losses_gradients_and_map_in_single(model_class, dtype):
+    """By torch's autocast; Lightning has no float16 on a CPU and takes bfloat16 instead."""
+    module = build(model_class, 32)
+    images = torch.rand(2, 3, 32, 32)
+    for is_amplifying in (True, False) if model_class is AAND else (None,):
+        arguments = ()
+        if is_amplifying is not None:
+            module.model.start_stage(is_amplifying)
+        if is_amplifying:
+            arguments = module.anomalies(images)[1:]
+        module.train()
+        with torch.autocast("cpu", dtype):
+            features = module.model(images, *arguments[:1])
+            terms = module.loss(features, *arguments)
+        assert dtype in dtypes(features), "nothing was computed in half precision"
+        assert {term.dtype for term in terms.values()} == {torch.float32}
+        terms["loss"].backward()
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        assert gradients
+        assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+        with torch.autocast("cpu", dtype):
+            prediction = module.eval().model(images)
+        for value in (prediction.anomaly_map, prediction.pred_score):
+            assert value.dtype == torch.float32
+            assert value.isfinite().all()
+
+
+def test_mixed_precision_trains_and_tests_without_nan(model_class, tiny_data, tmp_path):
+    losses = Losses()
+    run = engine(tmp_path, losses, precision="bf16-mixed")
+    module = build(model_class, 32)
+    run.fit(module, datamodule=tiny_data)
+    metrics = run.test(module, datamodule=tiny_data, verbose=False)[0]
+    assert torch.tensor([*losses.steps, *metrics.values()]).isfinite().all()
+    assert all(value.isfinite().all() for value in module.state_dict().values() if value.is_floating_point())
+
+
+# -- resuming
+
+
+def fit_with_seed(model_class, data, folder, **arguments):
+    data.setup(TrainerFn.FITTING)  # draws its split once
+    seed_everything(3)
+    losses = Losses()
+    engine(folder, losses, limit_val_batches=0, **arguments).fit(build(model_class), datamodule=data)
+    return losses.steps
+
+
+def test_one_seed_gives_equal_losses_step_by_step(model_class, tiny_data, tmp_path):
+    first = fit_with_seed(model_class, tiny_data, tmp_path)
+    assert len(first) == 4
+    assert fit_with_seed(model_class, tiny_data, tmp_path) == first
+
+
+def test_checkpoint_resumes_weights_only(model_class, tiny_data, tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", auto_insert_metric_name=False, save_top_k=-1)
+    engine(tmp_path, saving, limit_val_batches=0).fit(build(model_class), datamodule=tiny_data)
+    module = build(model_class)
+    run = engine(tmp_path, max_epochs=3, limit_val_batches=0)
+    run._setup_trainer(module)
+    run.trainer.fit(module, datamodule=tiny_data, ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert run.trainer.global_step == 6
+
+
+@pytest.mark.slow
+def test_run_killed_ten_times_ends_with_a_whole_checkpoint(model_class, tiny_folder, tmp_path):
+    """Kill -9 at random moments of training and saving, ten times; each run goes on from the file that is there."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+import os, random, signal, time
+from pathlib import Path
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib_rdpp import {model_class.__name__} as model_class
+from lightning.pytorch import Callback
+
+path, epochs = Path("last.ckpt"), 40
+
+class Begun(Callback):
+    def __init__(self, pipe):
+        self.pipe = pipe
+    def on_train_batch_end(self, *_):
+        os.write(self.pipe, b".")
+
+def train(pipe):
+    data = Folder(name="tiny", root={str(tiny_folder)!r}, normal_dir="train/good", train_batch_size=3, num_workers=0)
+    model = model_class(backbone="resnet18", pre_trained=False, visualizer=False,
+                        pre_processor=model_class.configure_pre_processor((64, 64)))
+    saving = ModelCheckpoint(".", filename="last", enable_version_counter=False, every_n_train_steps=1)
+    engine = Engine(default_root_dir=".", accelerator="cpu", devices=1, logger=False, max_epochs=epochs,
+                    limit_val_batches=0, enable_progress_bar=False, callbacks=[Begun(pipe), saving])
+    engine.fit(model, datamodule=data, ckpt_path=path if path.exists() else None)
+    print("steps", engine.trainer.global_step, flush=True)
+
+random.seed(0)
+killed = 0
+while True:
+    reading, writing = os.pipe()
+    child = os.fork()  # what is imported needs no second import
+    if not child:
+        train(writing)
+        os._exit(0)
+    os.close(writing)
+    if killed == 10:
+        break
+    assert os.read(reading, 1), "the run trained no step"
+    time.sleep(random.uniform(0, 1.5))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it ended before it was killed"
+    os.close(reading)
+    killed += 1
+    if path.exists():  # whole, whatever was going on
+        print("killed after step", torch.load(path, weights_only=True)["global_step"], flush=True)
+while os.read(reading, 1000):
+    pass
+assert os.waitpid(child, 0)[1] == 0
+""",
+    )
+    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.splitlines()[-1] == "steps 80"
+    assert model_class.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+# -- the trainer's options
+
+OPTIONS = {
+    "accumulate_grad_batches": {"accumulate_grad_batches": 2},
+    "gradient_clip_val": {"gradient_clip_val": 0.5},
+    "fast_dev_run": {"fast_dev_run": True},
+    "limit_train_batches": {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1},
+    "EMAWeightAveraging": {"callbacks": lambda: EMAWeightAveraging(decay=0.9)},
+    "EarlyStopping": {"callbacks": lambda: EarlyStopping("train_loss", check_on_train_epoch_end=True)},
+    "CSVLogger": {"logger": CSVLogger},
+    "num_workers": {"num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_of_the_trainer_works(model_class, option, tiny_data, tmp_path):
+    arguments = dict(OPTIONS[option])
+    callbacks = [arguments.pop("callbacks")()] if "callbacks" in arguments else []
+    if "logger" in arguments:
+        arguments["logger"] = arguments["logger"](tmp_path)
+    tiny_data.num_workers = arguments.pop("num_workers", 0)
+    run = engine(tmp_path, *callbacks, **{"limit_val_batches": 0, **arguments})
+    module = build(model_class, 32)
+    run.fit(module, datamodule=tiny_data)
+    expected = {"accumulate_grad_batches": 2, "fast_dev_run": 1, "limit_train_batches": 2}.get(option, 4)
+    assert run.trainer.global_step == expected
+    assert torch.tensor([float(value) for value in run.trainer.callback_metrics.values()]).isfinite().all()
+    if option == "CSVLogger":
+        assert "train_loss" in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+def test_tiler_is_refused(model_class, tiny_data, tmp_path):
+    """By the host: the model has no attribute ``tiler``."""
+    with pytest.raises(ValueError, match="does not support tiling"):
+        engine(tmp_path, TilerConfigurationCallback(enable=True)).fit(build(model_class), datamodule=tiny_data)
+
+
+def test_stochastic_weight_averaging_is_refused(model_class, tiny_data, tmp_path):
+    with pytest.raises(ValueError, match="EMAWeightAveraging"):
+        engine(tmp_path, StochasticWeightAveraging(0.01)).fit(build(model_class), datamodule=tiny_data)
+
+
+def test_batch_of_one_at_the_smallest_size_says_what_to_do(model_class):
+    model = build(model_class, 32).model
+    with pytest.raises(ValueError, match="no last batch of one image"):
+        model.train()(torch.rand(1, 3, 32, 32))
+    assert model.eval()(torch.rand(1, 3, 32, 32)).anomaly_map.isfinite().all()
+
+
+# -- what needs no defects
+
+
+def test_threshold_and_stopping_rule_need_no_defects(model_class, tiny_data, tmp_path):
+    tiny_data.val_split_mode = "from_train"
+    stopping = EarlyStopping("val_distance", patience=1, min_delta=10)  # nothing falls by 10
+    module = build(model_class, post_processor=NormalThreshold(0.9))
+    run = engine(tmp_path, stopping, max_epochs=9)
+    run.fit(module, datamodule=tiny_data)
+    assert run.trainer.current_epoch == 2
+    scores = torch.cat([batch.pred_score for batch in predict_raw(module, tiny_data.val_dataloader())])
+    torch.testing.assert_close(module.post_processor.image_threshold, scores.quantile(0.9))
+    metrics = run.test(module, datamodule=tiny_data, verbose=False)[0]
+    assert {"image_F1Score", "pixel_F1Score"} <= metrics.keys()
+    batch = run.predict(module, datamodule=tiny_data)[0]
+    assert torch.equal(batch.pred_label, batch.pred_score > 0.5)
+    assert 0 < batch.anomaly_map.min() < batch.anomaly_map.max() < 1
+
+
+def predict_raw(module, loader):
+    """Predictions without the post-processor."""
+    return [module.eval().model(module.pre_processor(batch.image)) for batch in loader]
+
+
+def test_threshold_says_what_it_lacks():
+    with pytest.raises(ValueError, match="quantile must be above 0 and at most 1, got 99"):
+        NormalThreshold(99)
+    with pytest.raises(ValueError, match="take val_split_mode from_train"):
+        NormalThreshold().on_validation_epoch_end(None, None)
+
+
+# -- memory
+
+
+@pytest.mark.slow
+def test_memory_of_training_is_flat(model_class, tiny_data, tmp_path):
+    """Resident memory over 200 steps grows by less than 1 % after the first 60."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        pytest.skip("resident memory is read from /proc, which this system has not")
+    sizes = []
+
+    class Resident(Callback):
+        def on_train_batch_end(self, *_):
+            sizes.append(int(pages.read_text().split()[1]))
+
+    # A stage of AAND has memory of its own: one epoch of stage one, the rest is stage two.
+    module = build(model_class, **({"amplifier_share": 0.01} if model_class is AAND else {}))
+    engine(tmp_path, Resident(), max_epochs=130, limit_val_batches=0).fit(module, datamodule=tiny_data)
+    assert len(sizes) == 260
+    assert max(sizes[-20:]) < 1.01 * max(sizes[40:60])
+
+
+# -- several processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp"])
+def test_two_processes_agree(model_class, strategy, tiny_folder, tmp_path):
+    """Gloo on the CPU: no unused parameters, one state on both ranks, other noise, the metrics of one process."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"""
+from pathlib import Path
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib_rdpp import {model_class.__name__} as model_class
+from lightning import seed_everything
+from lightning.pytorch import Callback
+
+class Seeds(Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.seed = torch.initial_seed()
+    def on_train_end(self, trainer, pl_module):
+        self.noise = torch.rand(3)
+
+def build():
+    return model_class(backbone="resnet18", pre_trained=False, visualizer=False,
+                       pre_processor=model_class.configure_pre_processor((64, 64)))
+
+if __name__ == "__main__":
+    seed_everything(0, workers=True)
+    torch.set_num_threads(1)
+    data = Folder(name="tiny", root={str(tiny_folder)!r}, normal_dir="train/good", normal_test_dir="test/good",
+                  abnormal_dir="test/square", mask_dir="ground_truth/square", train_batch_size=2, eval_batch_size=2,
+                  num_workers=0, val_split_mode="same_as_test")
+    model, seeds = build(), Seeds()
+    engine = Engine(default_root_dir=".", accelerator="cpu", devices=2, strategy={strategy!r}, logger=False,
+                    max_epochs=3, enable_progress_bar=False,
+                    callbacks=[seeds, ModelCheckpoint(".", filename="model", enable_version_counter=False)])
+    engine.fit(model, datamodule=data)
+    rank = engine.trainer.global_rank
+    state = {{name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}}
+    metrics = engine.test(model, datamodule=data, verbose=False)[0]
+    torch.save({{"state": state, "seed": seeds.seed, "metrics": metrics, "noise": seeds.noise}}, f"rank{{rank}}.pt")
+""",
+    )
+    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["seed"] != second["seed"]
+    assert not torch.equal(first["noise"], second["noise"])
+    differing = [name for name, value in first["state"].items() if not torch.equal(value, second["state"][name])]
+    assert not differing
+    assert first["metrics"] == pytest.approx(second["metrics"])
+
+    from anomalib.data import Folder
+
+    data = Folder(
+        name="tiny",
+        root=tiny_folder,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/square",
+        mask_dir="ground_truth/square",
+        num_workers=0,
+    )
+    data.val_split_mode = "same_as_test"
+    module = model_class.load_from_checkpoint(tmp_path / "model.ckpt")
+    alone = engine(tmp_path).test(module, datamodule=data, verbose=False)[0]
+    assert alone == pytest.approx(first["metrics"], abs=1e-4)
