@@ -78,7 +78,9 @@ def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
     operations = [operation.get_type_name() for operation in quantized.get_ops()]
     assert "FakeQuantize" in operations
     in_float = map_operations(network)
-    assert {"MatMul", "Add"} <= {each.get_type_name() for each in network.get_ops() if each.get_friendly_name() in in_float}
+    assert {"MatMul", "Add"} <= {
+        each.get_type_name() for each in network.get_ops() if each.get_friendly_name() in in_float
+    }
     for operation in quantized.get_ops():
         if operation.get_friendly_name() in in_float:
             sources = [value.get_source_output().get_node().get_type_name() for value in operation.inputs()]
