@@ -24,18 +24,7 @@ if TYPE_CHECKING:
 
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES = 300  # at most; NNCF's default
-# Operations of the anomaly map, which stay in floating point: distances near 0 would lose their order in 8 bits.
-FLOAT_OPERATIONS = (
-    "MatMul",
-    "ReduceSum",
-    "ReduceL2",
-    "ReduceMax",
-    "NormalizeL2",
-    "Divide",
-    "Subtract",
-    "Sqrt",
-    "Power",
-)
+COSINES = ("MatMul", "NormalizeL2", "ReduceL2", "Divide")  # those of AAND's gate, which are close to each other
 
 
 class SafeExportMixin:
@@ -122,9 +111,9 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
         return batch.image
 
     defaults = {
-        "ignored_scope": nncf.IgnoredScope(types=list(FLOAT_OPERATIONS), validate=False),
+        "ignored_scope": nncf.IgnoredScope(names=map_operations(model), types=list(COSINES), validate=False),
         "advanced_parameters": nncf.AdvancedQuantizationParameters(
-            # Anomalies reach beyond what normal images do; NNCF's default, the mean of their extremes, cuts both.
+            # Defects reach beyond what normal images do; NNCF's default, the mean of the images' extremes, cuts both.
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             overflow_fix=nncf.OverflowFix.ENABLE,  # 7 bits of the weights: sums of 8 overflow on a CPU without VNNI
         ),
@@ -132,6 +121,22 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
     options = defaults | options
     images = calibration_images(datamodule)
     return nncf.quantize(model, nncf.Dataset(images, prepare), subset_size=len(images), **options)
+
+
+def map_operations(model: "Model") -> list[str]:
+    """Name what comes after the last convolutions: the anomaly map and the thresholds.
+
+    None of it may be in 8 bits: distances near 0 would lose their order, and those of defects, which calibration on
+    normal images never sees, would be cut off at the greatest of normal images.
+    """
+    names, feeds_convolution = [], set()
+    for operation in reversed(model.get_ordered_ops()):
+        readers = [reader.get_node() for output in operation.outputs() for reader in output.get_target_inputs()]
+        if any("Convolution" in reader.get_type_name() or reader.get_name() in feeds_convolution for reader in readers):
+            feeds_convolution.add(operation.get_name())
+        elif "Convolution" not in operation.get_type_name():
+            names.append(operation.get_friendly_name())
+    return names
 
 
 def calibration_images(datamodule: AnomalibDataModule) -> DataLoader:

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
-from anomalib_rdpp.export import FLOAT_OPERATIONS, calibration_images, quantize
+from anomalib_rdpp.export import calibration_images, map_operations, quantize
 
 SIZE = (64, 96)
 
@@ -77,8 +77,12 @@ def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
     quantized = quantize(network.clone(), tiny_data, preset=nncf.QuantizationPreset.PERFORMANCE)
     operations = [operation.get_type_name() for operation in quantized.get_ops()]
     assert "FakeQuantize" in operations
+    in_float = map_operations(network)
+    assert {"MatMul", "Add"} <= {
+        each.get_type_name() for each in network.get_ops() if each.get_friendly_name() in in_float
+    }
     for operation in quantized.get_ops():
-        if operation.get_type_name() in FLOAT_OPERATIONS:
+        if operation.get_friendly_name() in in_float:
             sources = [value.get_source_output().get_node().get_type_name() for value in operation.inputs()]
             assert "FakeQuantize" not in sources, operation.get_friendly_name()
     image = resize(next(iter(calibration_images(tiny_data))).image, SIZE).numpy()
