@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES = 300  # at most; NNCF's default
-COSINES = ("MatMul", "NormalizeL2", "ReduceL2", "Divide")  # those of AAND's gate, which are close to each other
 
 
 class SafeExportMixin:
@@ -111,7 +110,7 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
         return batch.image
 
     defaults = {
-        "ignored_scope": nncf.IgnoredScope(names=map_operations(model), types=list(COSINES), validate=False),
+        "ignored_scope": nncf.IgnoredScope(names=map_operations(model), validate=False),
         "advanced_parameters": nncf.AdvancedQuantizationParameters(
             # Defects reach beyond what normal images do; NNCF's default, the mean of the images' extremes, cuts both.
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,

@@ -126,7 +126,7 @@ def test_checkpoint_resumes_weights_only(model_class, tiny_data, tmp_path):
 
 @pytest.mark.slow
 def test_run_killed_ten_times_ends_with_a_whole_checkpoint(model_class, tiny_folder, tmp_path):
-    """Kill -9 at random moments of training and saving, ten times; each run goes on from the file that is there."""
+    """Kill -9 at random moments of training and saving, ten times; each run goes on from the last whole epoch."""
     script = tmp_path / "train.py"
     script.write_text(
         f"""
@@ -152,7 +152,7 @@ def train(pipe):
     data = Folder(name="tiny", root={str(tiny_folder)!r}, normal_dir="train/good", train_batch_size=3, num_workers=0)
     model = model_class(backbone="resnet18", pre_trained=False, visualizer=False,
                         pre_processor=model_class.configure_pre_processor((64, 64)))
-    saving = ModelCheckpoint(".", filename="last", enable_version_counter=False, every_n_train_steps=1)
+    saving = ModelCheckpoint(".", filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     engine = Engine(default_root_dir=".", accelerator="cpu", devices=1, logger=False, max_epochs=epochs,
                     limit_val_batches=0, enable_progress_bar=False, callbacks=[Begun(pipe), saving])
     engine.fit(model, datamodule=data, ckpt_path=path if path.exists() else None)
