@@ -11,8 +11,8 @@ import tifffile
 import yaml
 from PIL import Image
 
-from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
-from anomalib_rdpp.benchmark.grid import read_grid
+from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy, runs_of
+from anomalib_rdpp.benchmark.grid import epochs_of, read_grid
 from anomalib_rdpp.benchmark.latency import _random_extractor
 from anomalib_rdpp.benchmark.ranking import draw_accuracy, published_table, ranking_tables
 from anomalib_rdpp.benchmark.rows import append_row, read_rows
@@ -89,6 +89,9 @@ def test_grid_names_classes_and_arguments_that_there_are(config):
         module, _, name = part["class_path"].rpartition(".")
         known = inspect.signature(getattr(import_module(module), name)).parameters
         assert set(part.get("init_args", {})) <= set(known)
+    grid = read_grid(config)
+    for data, model, _ in runs_of(grid):
+        assert epochs_of(grid, data, model) > 0
 
 
 @pytest.mark.parametrize("config", PAPERS, ids=lambda path: path.stem)

@@ -56,7 +56,7 @@ def _entries(data: str, part: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
 
 def epochs_of(grid: dict[str, Any], data: str, model: str) -> int:
     """Epochs of the model where it names its own, else of the data."""
-    return grid["models"][model].get("epochs", grid["data"][data]["epochs"])
+    return {**grid["data"][data], **grid["models"][model]}["epochs"]
 
 
 def run_folder(grid: dict[str, Any], data: str, model: str, seed: int, results: Path) -> Path:
