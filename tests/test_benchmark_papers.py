@@ -89,7 +89,6 @@ def test_grid_names_classes_and_arguments_that_there_are(config):
         module, _, name = part["class_path"].rpartition(".")
         known = inspect.signature(getattr(import_module(module), name)).parameters
         assert set(part.get("init_args", {})) <= set(known)
-    grid = read_grid(config)
     for data, model, _ in runs_of(grid):
         assert epochs_of(grid, data, model) > 0
 
