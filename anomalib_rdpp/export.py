@@ -100,7 +100,6 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
         The quantised model.
     """
     import nncf  # noqa: PLC0415  takes seconds, and isn't needed elsewhere
-    from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
 
     height, width = model.input(0).partial_shape[2], model.input(0).partial_shape[3]
 
@@ -109,17 +108,25 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
             return resize(batch.image, [height.get_length(), width.get_length()])
         return batch.image
 
-    defaults = {
+    images = calibration_images(datamodule)
+    options = int8_options(model) | options
+    return nncf.quantize(model, nncf.Dataset(images, prepare), subset_size=len(images), **options)
+
+
+def int8_options(model: "Model", **advanced: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Say how to quantise, as arguments of ``nncf.quantize``; ``advanced`` goes to its advanced parameters."""
+    import nncf  # noqa: PLC0415
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
+
+    return {
         "ignored_scope": nncf.IgnoredScope(names=map_operations(model), validate=False),
         "advanced_parameters": nncf.AdvancedQuantizationParameters(
             # Defects reach beyond what normal images do; NNCF's default, the mean of the images' extremes, cuts both.
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             overflow_fix=nncf.OverflowFix.ENABLE,  # 7 bits of the weights: sums of 8 overflow on a CPU without VNNI
+            **advanced,
         ),
     }
-    options = defaults | options
-    images = calibration_images(datamodule)
-    return nncf.quantize(model, nncf.Dataset(images, prepare), subset_size=len(images), **options)
 
 
 def map_operations(model: "Model") -> list[str]:

@@ -61,9 +61,11 @@ class DistillationMixin(SafeExportMixin):
     def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
         """Log the mean map of normal images, which a stopping rule can watch without defects."""
         del args, kwargs
-        normal = ~outputs.gt_label.bool()
-        if normal.any():
-            self.log("val_distance", outputs.anomaly_map[normal].mean(), batch_size=int(normal.sum()))
+        if outputs.gt_label is None:
+            return
+        normal = outputs.anomaly_map[~outputs.gt_label.bool()]
+        mean = normal.mean() if len(normal) else torch.zeros(())
+        self.log("val_distance", mean.to(self.device), batch_size=len(normal), sync_dist=True)
 
     def setup(self, stage: str) -> None:
         """Refuse a pre-processor that normalises.
@@ -103,7 +105,7 @@ class DistillationMixin(SafeExportMixin):
         super().on_train_end()
         if self.trainer.world_size > 1:
             for buffer in self.buffers():
-                buffer.copy_(self.trainer.strategy.broadcast(buffer))
+                torch.distributed.broadcast(buffer, 0)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse images with pixels outside of [0, 1] while they are still on the CPU.

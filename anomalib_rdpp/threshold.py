@@ -1,5 +1,6 @@
 """A threshold from normal images alone; the host's default needs defects to set one."""
 
+import torch
 from anomalib.data import Batch
 from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
@@ -19,7 +20,7 @@ class NormalThreshold(PostProcessor):
             images, 0.99 is close to the greatest of their scores.
 
     Raises:
-        ValueError: If the quantile is not within 0 and 1, or the validation set has no normal image.
+        ValueError: If the quantile is not above 0 and at most 1, or the validation set has no normal image.
 
     Examples:
         >>> from anomalib_rdpp import RDPP
@@ -44,13 +45,16 @@ class NormalThreshold(PostProcessor):
     ) -> None:
         """Collect the scores of normal images."""
         del trainer, pl_module, args, kwargs
-        self.normal_scores.update(outputs.pred_score[~outputs.gt_label.bool()])
+        if outputs.gt_label is not None:
+            self.normal_scores.update(outputs.pred_score[~outputs.gt_label.bool()])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set threshold and range."""
-        del trainer, pl_module
-        scores = self.normal_scores.compute()
+        del pl_module
+        scores = torch.as_tensor(self.normal_scores.compute()).flatten()
         self.normal_scores.reset()
+        if trainer.sanity_checking:  # on the first two batches, which may be defects
+            return
         if not len(scores):
             msg = "The validation set has no normal image to set a threshold by; take val_split_mode from_train."
             raise ValueError(msg)

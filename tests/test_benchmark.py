@@ -193,7 +193,7 @@ def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
     precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch", "int8"])
     rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
     assert [row["precision"] for row in rows] == ["torch", "int8"]
-    assert all("No checkpoint" in row["error"] for row in rows)
+    assert all("No trained model" in row["error"] for row in rows)
 
 
 def test_analyses_of_trained_models(grid, tmp_path, capsys):
@@ -314,7 +314,7 @@ def test_model_of_an_unfinished_run_is_not_taken(grid):
     content = yaml.safe_load(config.read_text())
     assert load_trained(content, "tiny", "ours", 0, output.parent)
     folder = output.parent / "tiny" / "ours"
-    (folder / "64px_1epochs_seed0").rename(folder / "64px_5epochs_seed0")
+    (folder / "64px_batch2_1epochs_seed0").rename(folder / "64px_batch2_5epochs_seed0")
     content["data"]["tiny"]["epochs"] = 5
     with pytest.raises(FileNotFoundError, match="No trained model"):
         load_trained(content, "tiny", "ours", 0, output.parent)

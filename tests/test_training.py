@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ def test_run_killed_ten_times_ends_with_a_whole_checkpoint(model_class, tiny_fol
         f"""
 import os, random, signal, tempfile, time
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
@@ -265,7 +267,7 @@ def test_threshold_says_what_it_lacks():
     with pytest.raises(ValueError, match="quantile must be above 0 and at most 1, got 99"):
         NormalThreshold(99)
     with pytest.raises(ValueError, match="take val_split_mode from_train"):
-        NormalThreshold().on_validation_epoch_end(None, None)
+        NormalThreshold().on_validation_epoch_end(SimpleNamespace(sanity_checking=False), None)
 
 
 # -- memory
@@ -301,6 +303,7 @@ def test_two_processes_agree(model_class, strategy, tiny_folder, tmp_path):
     script.write_text(
         f"""
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder

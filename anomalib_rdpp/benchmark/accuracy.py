@@ -115,7 +115,6 @@ def _train_and_test(
     start = time.perf_counter()
     engine.fit(module, datamodule=datamodule)
     facts = {
-        "epochs": engine.trainer.current_epoch,
         "steps": engine.trainer.global_step,
         "train_images": len(datamodule.train_data),
         "fit_seconds": round(time.perf_counter() - start),

@@ -119,7 +119,7 @@ def analyse(model: AnomalibModule, images: AnomalibDataset, size: int, seed: int
     distances = {}
     if has_student(model):
         normal, abnormal = (np.flatnonzero(dataset.samples["label_index"] == label) for label in (0, 1))
-        few = [[dataset[i].image[None] for i in own[:: -(-len(own) // IMAGES)]] for own in (normal, abnormal)]
+        few = [[dataset[i].image[None] for i in own[:: max(1, -(-len(own) // IMAGES))]] for own in (normal, abnormal)]
         distances = feature_distances(model, *few, seed)
     return Analysis(
         np.array(scores[False]),

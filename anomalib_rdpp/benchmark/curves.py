@@ -5,6 +5,7 @@ starts anew.
 """
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,14 @@ def run_curves(config: Path, output: Path) -> None:
         config: YAML as of the accuracy benchmark, with ``every``, the epochs from test to test; a model may have
             ``callbacks``, a list of ``class_path`` and ``init_args``.
         output: CSV file, appended to.
+
+    Raises:
+        ValueError: If the grid doesn't say how often to test, or not so that the last epoch is tested.
     """
     grid = read_grid(config)
+    if any(epochs_of(grid, data, model) % grid.get("every", math.inf) for data, model, _ in runs_of(grid)):
+        msg = f"'{config}' needs `every`, the epochs from test to test, which divides the epochs of all models."
+        raise ValueError(msg)
     done = {tuple(row[name] for name in KEY) for row in read_rows(output, COLUMNS)}
     for data, model, seed in runs_of(grid):
         epochs = epochs_of(grid, data, model)
@@ -77,7 +84,7 @@ def run_curves(config: Path, output: Path) -> None:
         seed_everything(seed, workers=True)
         datamodule = build_datamodule(grid, data)
         datamodule.val_data = datamodule.test_data
-        module = build_model(grid, model)
+        module = build_model(grid, model, has_masks=datamodule.task == "segmentation")
         engine = Engine(
             max_epochs=epochs,
             check_val_every_n_epoch=grid["every"],
@@ -100,7 +107,8 @@ def curves_table(path: Path) -> str:
         path: CSV that ``run_curves`` wrote.
 
     Returns:
-        Means over seeds in percent; minutes are those of the CPU, without tests.
+        Means over seeds in percent, up to the last epoch that all of them have; minutes are those of the CPU, without
+        tests.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -109,10 +117,11 @@ def curves_table(path: Path) -> str:
         "| data | model | seeds | epochs | minutes | image AUROC | AUPRO | minutes to the first's AUROC | its AUPRO |",
         "|" + "---|" * 9,
     ]
-    for data, rows in _read(path).groupby("data", sort=False):
+    for (data, *_), rows in _read(path).groupby(["data", "image_size", "batch_size"], sort=False):
         ends: dict[str, float] = {}
         for model, runs in rows.groupby("model", sort=False):
-            curve = runs.groupby("epoch")[["fit_minutes", *SHOWN]].mean()
+            common = runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()
+            curve = runs[common].groupby("epoch")[["fit_minutes", *SHOWN]].mean()
             last = curve.iloc[-1]
             ends = ends or {name: last[name] for name in SHOWN}
             reached = [curve.loc[curve[name] >= end, "fit_minutes"].min() for name, end in ends.items()]
@@ -151,7 +160,7 @@ def draw_curves(path: Path, pictures: Path) -> list[Path]:
             axis.set_ylabel(f"{metric.replace('_', ' ')} in %")
         axes[0].legend(fontsize=8)
         figure.suptitle(f"{data}, {rows['image_size'].iloc[0]} px: mean of {rows['seed'].nunique()} seeds (thin: each)")
-        files.append(pictures / f"curves_{data}.png")
+        files.append(pictures / f"curves_{data.replace('/', '_')}.png")
         figure.savefig(files[-1], dpi=110)
         plt.close(figure)
     return files

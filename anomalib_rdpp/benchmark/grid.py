@@ -26,7 +26,7 @@ def read_grid(config: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a key is missing, or neither a model nor its data say for how many epochs.
     """
-    grid = yaml.safe_load(config.read_text())
+    grid = yaml.safe_load(config.read_text()) or {}
     if missing := {"seeds", "image_size", "batch_size", "models", "data"} - set(grid):
         msg = f"'{config}' is no grid of the accuracy benchmark: it has no {', '.join(sorted(missing))}."
         raise ValueError(msg)
@@ -60,8 +60,13 @@ def epochs_of(grid: dict[str, Any], data: str, model: str) -> int:
 
 
 def run_folder(grid: dict[str, Any], data: str, model: str, seed: int, results: Path) -> Path:
-    """Name the folder of a run's checkpoint; grids that differ in size or epochs may share ``results``."""
-    return results / data / model / f"{grid['image_size']}px_{epochs_of(grid, data, model)}epochs_seed{seed}"
+    """Name the folder of a run's checkpoint; grids that differ in size, batch or epochs may share ``results``."""
+    return (
+        results
+        / data
+        / model
+        / f"{grid['image_size']}px_batch{grid['batch_size']}_{epochs_of(grid, data, model)}epochs_seed{seed}"
+    )
 
 
 def build_datamodule(grid: dict[str, Any], name: str) -> AnomalibDataModule:
@@ -132,14 +137,21 @@ def _metrics(has_masks: bool) -> list[AUROC | AUPRO | F1Max]:
     return [AUROC(fields=image, prefix="image_"), *of_pixels, F1Max(fields=image, prefix="image_")]
 
 
-def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results: Path) -> AnomalibModule:
+def load_trained(
+    grid: dict[str, Any],
+    data: str,
+    name: str,
+    seed: int,
+    results: Path,
+    has_masks: bool = True,
+) -> AnomalibModule:
     """Build a model of a grid and load the newest checkpoint of its run's last epoch.
 
     Raises:
         FileNotFoundError: If there is none, because the run was not made or not finished.
     """
     folder = run_folder(grid, data, name, seed, results)
-    model = build_model(grid, name)
+    model = build_model(grid, name, has_masks)
     for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
         with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
             stored = torch.load(path, "cpu", weights_only=True)

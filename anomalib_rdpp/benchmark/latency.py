@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
-from anomalib_rdpp.export import SafeExportMixin, map_operations
+from anomalib_rdpp.export import SafeExportMixin, int8_options
 
 from .probe import load_runner
 from .rows import append_row, commit
@@ -194,14 +194,13 @@ def _export(module: AnomalibModule, place: Path, size: int) -> None:
     network = core.read_model(module.to_openvino(place, input_size=(size, size), onnx_kwargs=fixed))
     ov.save_model(network, place / FILES["fp16"], compress_to_fp16=True)
     images = nncf.Dataset([torch.rand(1, 3, size, size)])
-    in_float = map_operations(network) if isinstance(module, SafeExportMixin) else []
-    quantized = nncf.quantize(
-        network,
-        images,
-        subset_size=1,
-        ignored_scope=nncf.IgnoredScope(names=in_float, validate=False),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+    fast = {"disable_bias_correction": True}
+    options = (
+        int8_options(network, **fast)
+        if isinstance(module, SafeExportMixin)
+        else {"advanced_parameters": nncf.AdvancedQuantizationParameters(**fast)}
     )
+    quantized = nncf.quantize(network, images, subset_size=1, **options)
     ov.save_model(quantized, place / FILES["int8"], compress_to_fp16=False)
 
 

@@ -94,7 +94,9 @@ def _rows(grid: dict[str, Any], run: dict[str, Any], results: Path, missing: lis
     if not missing:
         return
     datamodule = build_datamodule(grid, run["data"])
-    model = load_trained(grid, run["data"], run["model"], run["seed"], results)
+    model = load_trained(
+        grid, run["data"], run["model"], run["seed"], results, has_masks=datamodule.task == "segmentation"
+    )
     facts = {
         **run,
         "calibration_images": len(calibration_images(datamodule)),
@@ -184,6 +186,9 @@ def precision_table(path: Path) -> str:
     for row in rows:
         cells = []
         for metric in METRICS:
+            if not row[metric]:
+                cells.append("-")
+                continue
             value = 100 * float(row[metric])
             cells.append(f"{value:.1f}")
             if row["precision"] != "torch" and _run(row) in reference:

@@ -49,5 +49,9 @@ def commit() -> str:
     git = shutil.which("git")
     if not git:
         return ""
-    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
+
+    def ask(*arguments: str) -> str:
+        command = [git, "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
+
+    return ask("describe", "--always", "--dirty") if ask("ls-files", Path(__file__).name) else ""

@@ -4,6 +4,8 @@ Source: Tien et al., CVPR 2023, section 3.2; the published program's numbers (MI
 that every patch is the same field from its corner; here each image has a field of its own, as the paper reads.
 """
 
+import os
+
 import numba
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from torch import nn
 
 # OpenSimplex runs in numba's threads. Those of TBB, numba's first choice once OpenVINO has loaded it, never end on a
 # machine of one CPU after a DataLoader has forked: Python would hang at exit.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
 
 class SimplexNoise(nn.Module):
