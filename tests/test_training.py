@@ -200,7 +200,6 @@ OPTIONS = {
     "EMAWeightAveraging": {"callbacks": lambda: EMAWeightAveraging(decay=0.9)},
     "EarlyStopping": {"callbacks": lambda: EarlyStopping("train_loss", check_on_train_epoch_end=True)},
     "CSVLogger": {"logger": CSVLogger},
-    "num_workers": {"num_workers": 1},
 }
 
 
@@ -210,7 +209,6 @@ def test_option_of_the_trainer_works(model_class, option, tiny_data, tmp_path):
     callbacks = [arguments.pop("callbacks")()] if "callbacks" in arguments else []
     if "logger" in arguments:
         arguments["logger"] = arguments["logger"](tmp_path)
-    tiny_data.num_workers = arguments.pop("num_workers", 0)
     run = engine(tmp_path, *callbacks, **{"limit_val_batches": 0, **arguments})
     module = build(model_class, 32)
     run.fit(module, datamodule=tiny_data)
