@@ -295,7 +295,7 @@ def test_memory_of_training_is_flat(model_class, tiny_data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp"])
-def test_two_processes_agree(model_class, strategy, tiny_folder, tmp_path):
+def test_two_processes_agree(model_class, strategy, tiny_folder, tiny_data, tmp_path):
     """Gloo on the CPU: no unused parameters, one state on both ranks, other noise, the metrics of one process."""
     script = tmp_path / "train.py"
     script.write_text(
@@ -346,18 +346,7 @@ if __name__ == "__main__":
     assert not differing
     assert first["metrics"] == pytest.approx(second["metrics"])
 
-    from anomalib.data import Folder
-
-    data = Folder(
-        name="tiny",
-        root=tiny_folder,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/square",
-        mask_dir="ground_truth/square",
-        num_workers=0,
-    )
-    data.val_split_mode = "same_as_test"
+    tiny_data.val_split_mode = "same_as_test"
     module = model_class.load_from_checkpoint(tmp_path / "model.ckpt")
-    alone = engine(tmp_path).test(module, datamodule=data, verbose=False)[0]
+    alone = engine(tmp_path).test(module, datamodule=tiny_data, verbose=False)[0]
     assert alone == pytest.approx(first["metrics"], abs=1e-4)
