@@ -24,6 +24,7 @@ from tqdm import tqdm
 from .features import SCALES, feature_distances, has_student
 from .grid import build_datamodule, epochs_of, load_trained, read_grid
 from .histograms import BINS, Analysis, draw_histograms
+from .report import mean_and_spread
 from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ FIGURES = (
     "normal_pixels", "abnormal_pixels", "pixel_overlap",
 )  # fmt: skip
 COLUMNS = (*KEY, "normal_images", "abnormal_images", *FIGURES, "commit", "error")
+DIGITS = (".3g", ".1g")  # of a mean, of its spread
 IMAGES = 40  # normal and abnormal ones whose features are compared, evenly picked: 780 and 1600 pairs
 
 
@@ -180,16 +182,11 @@ def analyses_table(path: Path) -> str:
             lines.append(f"| {data} | {size} | {model} | 0 ({len(runs)} failed) |" + " - |" * 7)
             continue
         cells = [
-            " → ".join(_mean_and_spread(good[f"{source}_{name}"]) for source in ("teacher", "student"))
+            " → ".join(mean_and_spread(good[f"{source}_{name}"], *DIGITS) for source in ("teacher", "student"))
             for name in ("normal_mse", "normal", "ratio", "noise")
         ]
-        cells += [_mean_and_spread(good[name]) for name in ("normal_pixels", "abnormal_pixels", "pixel_overlap")]
+        cells += [
+            mean_and_spread(good[name], *DIGITS) for name in ("normal_pixels", "abnormal_pixels", "pixel_overlap")
+        ]
         lines.append(f"| {' | '.join([data, size, model, str(len(good)), *cells])} |")
     return "\n".join(lines)
-
-
-def _mean_and_spread(values: pd.Series) -> str:
-    """Mean, and standard deviation where there is more than one value, to three digits."""
-    if values.isna().all():
-        return "-"
-    return f"{values.mean():.3g}" + (f" ± {values.std():.1g}" if len(values) > 1 else "")

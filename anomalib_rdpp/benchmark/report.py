@@ -76,9 +76,9 @@ def caption(rows: pd.DataFrame) -> str:
     return f"Percent; {SAID[rows['protocol'].iloc[0]]}. Teacher: {'; '.join(said)}."
 
 
-def mean_and_spread(values: pd.Series) -> str:
+def mean_and_spread(values: pd.Series, mean: str = ".1f", spread: str = ".1f") -> str:
     """Mean, and standard deviation where there is more than one value."""
     values = values.dropna()
     if values.empty:
         return "-"
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+    return f"{values.mean():{mean}}" + (f" ± {values.std():{spread}}" if len(values) > 1 else "")
