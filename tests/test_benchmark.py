@@ -288,9 +288,13 @@ def test_curves_have_a_row_per_test_and_are_drawn(grid, tmp_path):
     from anomalib_rdpp.benchmark.curves import curves_table, draw_curves, run_curves
 
     average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
-    config, output = grid([0], ours=RDPP, averaged={**RDPP, "callbacks": [average]})
+    broken = {"class_path": "anomalib.models.Nothing"}
+    config, output = grid([0], ours=RDPP, another=broken, averaged={**RDPP, "callbacks": [average]})
     content = yaml.safe_load(config.read_text())
     content["data"]["tiny"]["epochs"] = 2
+    config.write_text(yaml.safe_dump({**content, "every": 4}))
+    with pytest.raises(ValueError, match="needs `every`, the epochs from test to test, which divides"):
+        run_curves(config, output)
     config.write_text(yaml.safe_dump({**content, "every": 1}))
     run_curves(config, output)
     rows = read_rows(output, CURVES)

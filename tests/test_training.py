@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
+from anomalib.data import ImageBatch
 from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch import Callback
@@ -266,6 +267,24 @@ def test_threshold_says_what_it_lacks():
         NormalThreshold(99)
     with pytest.raises(ValueError, match="take val_split_mode from_train"):
         NormalThreshold().on_validation_epoch_end(SimpleNamespace(sanity_checking=False), None)
+
+
+def test_threshold_of_a_single_normal_image_and_of_none_while_the_trainer_checks_itself():
+    threshold, trainer = NormalThreshold(), SimpleNamespace(sanity_checking=True)
+    batch = ImageBatch(image=torch.rand(2, 3, 8, 8), pred_score=torch.tensor([0.3, 9.0]))
+    threshold.on_validation_batch_end(trainer, None, batch)  # no labels: nothing to go by
+    threshold.on_validation_epoch_end(trainer, None)
+    assert threshold.image_threshold.isnan()
+    batch.gt_label = torch.tensor([False, True])
+    threshold.on_validation_batch_end(trainer, None, batch)
+    trainer.sanity_checking = False
+    threshold.on_validation_epoch_end(trainer, None)
+    assert (threshold.image_threshold, threshold.pixel_max) == (pytest.approx(0.3), pytest.approx(0.6))
+
+
+def test_images_without_labels_have_no_distance(model_class):
+    batch = ImageBatch(image=torch.rand(2, 3, 64, 64), anomaly_map=torch.rand(2, 1, 64, 64))
+    build(model_class).on_validation_batch_end(batch)  # would fail to log outside of a trainer
 
 
 # -- memory

@@ -63,7 +63,7 @@ def run_curves(config: Path, output: Path) -> None:
 
     Args:
         config: YAML as of the accuracy benchmark, with ``every``, the epochs from test to test; a model may have
-            ``callbacks``, a list of ``class_path`` and ``init_args``.
+            ``callbacks``, a list of ``class_path`` and ``init_args``, and ``trainer``, its options.
         output: CSV file, appended to.
 
     Raises:
@@ -75,29 +75,38 @@ def run_curves(config: Path, output: Path) -> None:
         raise ValueError(msg)
     done = {tuple(row[name] for name in KEY) for row in read_rows(output, COLUMNS)}
     for data, model, seed in runs_of(grid):
-        epochs = epochs_of(grid, data, model)
         facts = {"data": data, "model": model, "seed": seed}
         sizes = {name: grid[name] for name in ("image_size", "batch_size")}
-        if tuple(map(str, (*facts.values(), epochs, *sizes.values()))) in done:
+        if tuple(map(str, (*facts.values(), epochs_of(grid, data, model), *sizes.values()))) in done:
             continue
         logger.warning("%s on %s, seed %d", model, data, seed)
-        seed_everything(seed, workers=True)
-        datamodule = build_datamodule(grid, data)
-        datamodule.val_data = datamodule.test_data
-        module = build_model(grid, model, has_masks=datamodule.task == "segmentation")
-        engine = Engine(
-            max_epochs=epochs,
-            check_val_every_n_epoch=grid["every"],
-            default_root_dir=output.parent / "curves",
-            num_sanity_val_steps=0,
-            logger=False,
-            callbacks=[
-                Curve(output, {**facts, **sizes, "commit": commit()}),
-                ModelCheckpoint(output.parent, save_top_k=0),
-                *(instantiate_class((), callback) for callback in grid["models"][model].get("callbacks", ())),
-            ],
-        )
-        engine.fit(module, datamodule=datamodule)
+        try:
+            _fit(grid, data, model, seed, Curve(output, {**facts, **sizes, "commit": commit()}))
+        except Exception:
+            logger.exception("%s on %s, seed %d failed; the others go on", model, data, seed)
+
+
+def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -> None:
+    """Train one model, test it every few epochs."""
+    seed_everything(seed, workers=True)
+    datamodule = build_datamodule(grid, data)
+    datamodule.val_data = datamodule.test_data
+    module = build_model(grid, model, has_masks=datamodule.task == "segmentation")
+    folder = curve.output.parent
+    engine = Engine(
+        max_epochs=epochs_of(grid, data, model),
+        check_val_every_n_epoch=grid["every"],
+        default_root_dir=folder / "curves",
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[
+            curve,
+            ModelCheckpoint(folder, save_top_k=0),
+            *(instantiate_class((), callback) for callback in grid["models"][model].get("callbacks", ())),
+        ],
+        **grid["models"][model].get("trainer", {}),
+    )
+    engine.fit(module, datamodule=datamodule)
 
 
 def curves_table(path: Path) -> str:
