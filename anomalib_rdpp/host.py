@@ -15,7 +15,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torchvision.transforms.v2 import Compose, Normalize, Resize
+from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_rdpp.distillation import architecture
 from anomalib_rdpp.export import SafeExportMixin
@@ -30,7 +30,7 @@ class DistillationMixin(SafeExportMixin):
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
         """Resize to ``image_size`` (height, width; 256 x 256 by default) and no more: the teacher normalises."""
-        return PreProcessor(transform=Compose([Resize(image_size or (256, 256), antialias=True)]))
+        return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     @staticmethod
     def configure_visualizer() -> ImageVisualizer:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
 from anomalib.data import ImageBatch
 from anomalib.engine import Engine
@@ -234,6 +236,39 @@ def test_tiler_is_refused(model_class, tiny_data, tmp_path):
     """By the host: the model has no attribute ``tiler``."""
     with pytest.raises(ValueError, match="does not support tiling"):
         engine(tmp_path, TilerConfigurationCallback(enable=True)).fit(build(model_class), datamodule=tiny_data)
+
+
+def test_tiled_ensemble_of_the_host_trains_and_tests(model_class, tiny_folder, tmp_path, monkeypatch):
+    """The host's pipeline takes no arguments of a model, hence other defaults here."""
+    from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
+
+    monkeypatch.chdir(tmp_path)
+    parameters = signature(model_class.__init__).parameters.values()
+    small = {"backbone": "resnet18", "pre_trained": False}
+    defaults = tuple(small.get(p.name, p.default) for p in parameters if p.default is not p.empty)
+    monkeypatch.setattr(model_class.__init__, "__defaults__", defaults)
+    data = {"name": "tiny", "root": str(tiny_folder), "normal_dir": "train/good", "normal_test_dir": "test/good"}
+    data |= {"abnormal_dir": "test/square", "mask_dir": "ground_truth/square", "train_batch_size": 2, "num_workers": 0}
+    config = {
+        "seed": 0,
+        "accelerator": "cpu",
+        "default_root_dir": "results",
+        "tiling": {"image_size": [64, 32], "tile_size": 32, "stride": 32},
+        "normalization_stage": "image",
+        "thresholding_stage": "image",
+        "data": {
+            "class_path": "anomalib.data.Folder",
+            "init_args": {**data, "val_split_mode": "same_as_test", "test_split_mode": "from_dir"},
+        },
+        "SeamSmoothing": {"apply": True, "sigma": 2, "width": 0.1},
+        "TrainModels": {"model": {"class_path": f"anomalib_rdpp.{model_class.__name__}"}, "trainer": {"max_epochs": 1}},
+    }
+    Path("ensemble.yaml").write_text(yaml.safe_dump(config))
+    TrainTiledEnsemble().run(SimpleNamespace(config="ensemble.yaml"))
+    folder = Path("results") / model_class.__name__ / "tiny/latest"
+    EvalTiledEnsemble(folder).run(SimpleNamespace(config="ensemble.yaml"))  # the host prints failures and goes on
+    assert len(list(folder.glob("weights/lightning/*.ckpt"))) == 2
+    assert "pixel_AUROC" in (folder / "metric_results.csv").read_text()
 
 
 def test_stochastic_weight_averaging_is_refused(model_class, tiny_data, tmp_path):
