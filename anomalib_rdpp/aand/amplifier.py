@@ -1,6 +1,6 @@
 """Residual anomaly amplification, what AAND puts between teacher and student.
 
-Written from the paper alone: Tang et al., IEEE TIP 2026 (arXiv 2405.02068), stage one.
+Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068), stage one.
 """
 
 from functools import lru_cache

@@ -1,6 +1,6 @@
 """AAND as an anomalib model: arguments, optimiser, stages, steps.
 
-Written from the paper alone: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
+Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
 import math

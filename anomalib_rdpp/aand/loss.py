@@ -1,6 +1,6 @@
 """Losses of AAND: focal and amplification in stage one, distillation and hard knowledge in stage two.
 
-Written from the paper alone: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
+Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
 import torch

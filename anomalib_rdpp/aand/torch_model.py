@@ -1,6 +1,6 @@
 """Network of AAND: an amplifier stands between teacher and student.
 
-Written from the paper alone: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
+Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
 from collections.abc import Sequence
