@@ -222,16 +222,6 @@ def test_option_of_the_trainer_works(model_class, option, tiny_data, tmp_path):
         assert "train_loss" in next(tmp_path.rglob("metrics.csv")).read_text()
 
 
-def test_learning_rates_fall_to_zero_on_demand(tiny_data, tmp_path):
-    module = build(RDPP, 32, lr_decay=True)
-    run = engine(tmp_path, limit_val_batches=0)
-    run.fit(module, datamodule=tiny_data)
-    assert [group["lr"] for group in run.trainer.optimizers[0].param_groups] == pytest.approx([0, 0], abs=1e-9)
-    assert [group["initial_lr"] for group in run.trainer.optimizers[0].param_groups] == [0.001, 0.005]
-    with pytest.raises(ValueError, match="give max_epochs or max_steps, got inf steps"):
-        engine(tmp_path, max_epochs=-1).fit(build(RDPP, 32, lr_decay=True), datamodule=tiny_data)
-
-
 def test_tiler_is_refused(model_class, tiny_data, tmp_path):
     """By the host: the model has no attribute ``tiler``."""
     with pytest.raises(ValueError, match="does not support tiling"):

@@ -3,7 +3,6 @@
 Source: Tien et al., Revisiting Reverse Distillation for Anomaly Detection, CVPR 2023.
 """
 
-import math
 from collections.abc import Sequence
 
 from anomalib.data import Batch
@@ -12,9 +11,8 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from anomalib_rdpp.host import DistillationMixin
 from anomalib_rdpp.synthesis.noise import SimplexNoise
@@ -36,8 +34,6 @@ class RDPP(DistillationMixin, AnomalibModule):
         teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
         projection_lr: Learning rate of the projection.
         student_lr: Learning rate of bottleneck and decoder.
-        lr_decay: Whether both learning rates fall to zero by a cosine over the training (not the paper's). For short
-            trainings, see configs/rdpp_fast.yaml.
         projection_weight: Weight of the projection loss beside the distillation loss.
         transport_weight: Weight of the optimal transport term within the projection loss.
         reconstruction_weight: Weight of the reconstruction term within the projection loss.
@@ -74,7 +70,6 @@ class RDPP(DistillationMixin, AnomalibModule):
         teacher_weights: str | None = None,
         projection_lr: float = 0.001,
         student_lr: float = 0.005,
-        lr_decay: bool = False,
         projection_weight: float = 0.2,
         transport_weight: float = 1.0,
         reconstruction_weight: float = 0.01,
@@ -113,27 +108,13 @@ class RDPP(DistillationMixin, AnomalibModule):
             transport_positions,
         )
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Give projection and student their learning rates; the two Adams of the program are one with two groups.
-
-        Raises:
-            ValueError: If the learning rates are to decay over a training without end.
-        """
+    def configure_optimizers(self) -> Adam:
+        """Give projection and student their learning rates; the two Adams of the program are one with two groups."""
         groups = [
             {"params": list(self.model.projections.parameters()), "lr": self.hparams.projection_lr},
             {"params": list(self.model.student.parameters()), "lr": self.hparams.student_lr},
         ]
-        optimizer = Adam([group for group in groups if group["params"]], betas=(0.5, 0.999))
-        if not self.hparams.lr_decay:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            msg = f"lr_decay needs the end of the training; give max_epochs or max_steps, got {steps} steps."
-            raise ValueError(msg)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, steps), "interval": "step"},
-        }
+        return Adam([group for group in groups if group["params"]], betas=(0.5, 0.999))
 
     def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images; every term is logged by name."""
