@@ -215,8 +215,8 @@ def test_command_line_trains_by_name_then_exports(name, tiny_folder, tmp_path):
 def test_config_without_defects_trains_on_nothing_but_normal_images(tiny_folder, tmp_path):
     config = next(path for path in CONFIGS if path.stem == "rdpp_no_defects")
     trained = anomalib(
-        "train", "--config", config, "--data.root", tiny_folder, "--data.normal_test_dir", "null", "--data.num_workers", 0,
-        "--model.backbone", "resnet18", "--model.pre_trained", "false", "--trainer.max_epochs", 5,
+        "train", "--config", config, "--data.root", tiny_folder, "--data.normal_test_dir", "null",
+        "--data.num_workers", 0, "--model.backbone", "resnet18", "--model.pre_trained", "false", "--trainer.max_epochs", 5,
         "--default_root_dir", tmp_path, cwd=tmp_path,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-3000:]

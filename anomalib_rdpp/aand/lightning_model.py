@@ -127,6 +127,7 @@ class AAND(DistillationMixin, AnomalibModule):
                 {"params": self.model.student.parameters(), "lr": self.hparams.student_lr},
             ],
             betas=(0.5, 0.999),
+            fused=self.device.type == "cpu",  # as in RDPP
         )
         epochs = count_epochs(self.trainer)
         self.amplifier_epochs = split_epochs(epochs, self.hparams.amplifier_share)
