@@ -216,8 +216,8 @@ def test_config_without_defects_trains_on_nothing_but_normal_images(tiny_folder,
     config = next(path for path in CONFIGS if path.stem == "rdpp_no_defects")
     trained = anomalib(
         "train", "--config", config, "--data.root", tiny_folder, "--data.normal_test_dir", "null",
-        "--data.num_workers", 0, "--model.backbone", "resnet18", "--model.pre_trained", "false", "--trainer.max_epochs", 5,
-        "--default_root_dir", tmp_path, cwd=tmp_path,
+        "--data.num_workers", 0, "--model.backbone", "resnet18", "--model.pre_trained", "false",
+        "--trainer.max_epochs", 5, "--default_root_dir", tmp_path, cwd=tmp_path,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-3000:]
     state = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=False)["state_dict"]
