@@ -1,6 +1,7 @@
 """The accuracy benchmark: rows written once, failures told, parts of data, shards."""
 
 import csv
+import shutil
 import subprocess
 import sys
 
@@ -172,7 +173,18 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"benchmark accuracy"):
         draw_gallery([config], output.parent, tmp_path / "gallery")
     run_accuracy(config, output)
-    assert [path.name for path in draw_gallery([config], output.parent, tmp_path / "gallery")] == ["tiny.png"]
+    second, content = tmp_path / "second.yaml", yaml.safe_load(config.read_text())
+    content["data"] = {"again": content["data"]["tiny"]}
+    second.write_text(yaml.safe_dump(content))
+    shutil.copytree(output.parent / "tiny", output.parent / "again")
+    pictures = draw_gallery([config, second], output.parent, tmp_path / "gallery")
+    assert [path.name for path in pictures] == ["tiny.png", "again.png"]
+    with pytest.raises(ValueError, match=r"Two grids have 'ours' on tiny: rename it in one grid"):
+        draw_gallery([config, config], output.parent, tmp_path / "gallery")
+    content["data"]["again"]["test_every"] = 8
+    second.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"all 1 test images of again are (defects|normal): add the other kind"):
+        draw_gallery([second], output.parent, tmp_path / "gallery")
 
     four = ("torch", "fp32", "fp16", "int8")
     precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=four)
@@ -210,9 +222,14 @@ def test_analyses_of_trained_models(grid, tmp_path, capsys):
     config, output = grid([0], **models)
     run_accuracy(config, output)
     config, _ = grid([0], **models, untrained=RDPP)
+    second, content = tmp_path / "second.yaml", yaml.safe_load(config.read_text())
+    content |= {"data": {"again": content["data"]["tiny"]}, "models": {"untrained": RDPP}}
+    second.write_text(yaml.safe_dump(content))
     csv_path = tmp_path / "analyses.csv"
-    main(["analyses", str(config), "--results", str(output.parent), "--output", str(csv_path)])
-    rows = {row["model"]: row for row in read_rows(csv_path, ANALYSES)}
+    main(["analyses", str(config), str(second), "--results", str(output.parent), "--output", str(csv_path)])
+    *rows, last = read_rows(csv_path, ANALYSES)
+    assert (last["data"], last["model"]) == ("again", "untrained")
+    rows = {row["model"]: row for row in rows}
     assert [name for name, row in rows.items() if row["error"]] == ["untrained"]
     for name in ("normal", "normal_mse", "abnormal", "noise"):
         assert rows["RD"][f"teacher_{name}"] == rows["RD"][f"student_{name}"] != ""  # RD's student sees the teacher

@@ -4,6 +4,7 @@
 ``batch_size`` hold for all. docs/benchmark.md has every key.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ def _entries(data: str, part: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
             entry["epochs"] = part["categories"][category]
         entries.append((f"{data}/{category}", entry))
     return entries
+
+
+def models_on_data(grids: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Map the data of all grids to their models, and each model to its grid.
+
+    Raises:
+        ValueError: If two grids have a model of the same name on the same data.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for grid in grids:
+        for data in grid["data"]:
+            models = found.setdefault(data, {})
+            if twice := models.keys() & grid["models"].keys():
+                msg = f"Two grids have {', '.join(map(repr, sorted(twice)))} on {data}: rename it in one grid."
+                raise ValueError(msg)
+            models |= dict.fromkeys(grid["models"], grid)
+    return found
 
 
 def epochs_of(grid: dict[str, Any], data: str, model: str) -> int:
