@@ -104,6 +104,15 @@ def test_rows_of_an_older_file_are_kept_and_their_protocol_known(grid):
     assert "last epoch, tested once. Teacher: not recorded (ours); T (other)." in accuracy_table(output)
 
 
+def test_row_that_begins_like_the_header_is_a_row(tmp_path):
+    for columns in (["data", "model", "seed"], COLUMNS):
+        for model in ("data", "model"):
+            append_row(tmp_path / "rows.csv", columns, {"data": "data", "model": model, "seed": 0})
+    rows = read_rows(tmp_path / "rows.csv", COLUMNS)
+    assert [(row["data"], row["model"]) for row in rows] == [("data", "data"), ("data", "model")] * 2
+    assert (tmp_path / "rows.csv").read_text().count("data,model,seed") == 2
+
+
 def test_best_epoch_on_test_is_a_row_of_its_own_and_said(grid):
     config, output = grid([0], ours={**RDPP, "epochs": 2})
     for best_on_test in (False, True, True):
