@@ -174,7 +174,7 @@ def test_report_without_rows_says_what_to_run(tmp_path):
         accuracy_table(tmp_path / "none.csv")
 
 
-def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
+def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, monkeypatch):
     from anomalib_rdpp.benchmark import precision
     from anomalib_rdpp.benchmark.gallery import draw_gallery
 
@@ -205,6 +205,17 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
     assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]
     assert "| tiny | 64 | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
+
+    monkeypatch.setattr(precision, "_answers", lambda *_: {"fp16": lambda: 1 / 0, "int8": lambda: None})
+    monkeypatch.setattr(precision, "_test", lambda *_: {})
+    for _ in range(2):
+        precision.run_precision(config, output.parent, tmp_path / "broken.csv", precisions=["fp16", "int8"])
+    rows = read_rows(tmp_path / "broken.csv", precision.COLUMNS)
+    assert [(row["precision"], row["error"]) for row in rows] == [
+        ("fp16", "ZeroDivisionError: division by zero"),
+        ("int8", ""),
+        ("fp16", "ZeroDivisionError: division by zero"),
+    ]
 
 
 def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
