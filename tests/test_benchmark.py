@@ -4,12 +4,15 @@ import csv
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from anomalib_rdpp.benchmark import accuracy
 from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
+from anomalib_rdpp.benchmark.probe import peak_mib, reset_peak
 from anomalib_rdpp.benchmark.report import accuracy_table
 from anomalib_rdpp.benchmark.rows import append_row, read_rows
 
@@ -49,10 +52,21 @@ def test_failed_model_is_told_and_the_rest_complete(grid):
     assert "Nothing" in broken["error"]
     assert ours["error"] == ""
     assert 0 <= float(ours["image_AUROC"]) <= 1
+    assert int(ours["peak_memory_mib"]) > 0
     assert (ours["train_images"], ours["test_images"], ours["steps"]) == ("2", "8", "1")
     table = accuracy_table(output)
     assert "| tiny | 64 | broken | 0 (1 failed) |" in table
     assert "| tiny | 64 | ours | 1 |" in table
+
+
+def test_peak_memory_falls_after_a_reset():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux can reset the peak")
+    pixels = np.ones(2**27, np.uint8)  # 128 MiB
+    before = peak_mib()
+    del pixels
+    reset_peak()
+    assert peak_mib() < before - 100
 
 
 def test_missing_data_set_is_told_and_the_rest_complete(grid):
