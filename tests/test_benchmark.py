@@ -276,6 +276,7 @@ def test_analyses_of_trained_models(grid, tmp_path, capsys):
 
 
 def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path):
+    from anomalib_rdpp.benchmark import latency
     from anomalib_rdpp.benchmark.latency import COLUMNS as LATENCY
     from anomalib_rdpp.benchmark.latency import run_latency
     from anomalib_rdpp.benchmark.speed import draw_latency, latency_table
@@ -285,13 +286,14 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
         "PatchCore": {"class_path": "anomalib.models.Patchcore", "bank": 20},
         "CFA": {"class_path": "anomalib.models.Cfa"},
         "broken": {"class_path": "anomalib.models.Nothing"},
+        "lost": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": str(tmp_path / "none.ckpt")},
     }
     grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": ["torch", "fp32"], "backbones": ["resnet18"]}
     config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
     config.write_text(yaml.safe_dump({**grid, "models": models}))
     run_latency(config, output)
     rows = read_rows(output, LATENCY)
-    assert [row["model"] for row in rows if row["error"]] == ["broken"]
+    assert [row["model"] for row in rows if row["error"]] == ["broken", "broken", "lost", "lost"]
     measured = {(row["model"], row["precision"]): row for row in rows if not row["error"]}
     assert len(measured) == 6
     assert all(float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0 for row in measured.values())
@@ -299,6 +301,7 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     assert measured["CFA", "fp32"]["bank"].startswith("256 x")
     table = latency_table(output)
     assert "| RD++ |" in table
+    assert "| broken | - | failed | failed | - |" in table
     assert all(path.is_file() for path in draw_latency(output, tmp_path / "pictures"))
 
     from anomalib_rdpp.benchmark.layers import layer_table
@@ -306,21 +309,55 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     exported = next((tmp_path / "latency_models").rglob("model.xml"))
     assert "| Convolution | " in layer_table(exported, size=64, rounds=2)
 
+    candidates = [
+        latency.Candidate({**measured["RD++", "fp32"], "model": model}, path)
+        for model, path in (("unreadable", config), ("RD++", exported))
+    ]
+    latency._measure(candidates, 1, 64, 1, 60.0, tmp_path / "more.csv")
+    assert [bool(row["error"]) for row in read_rows(tmp_path / "more.csv", LATENCY)] == [True, False]
+
+
+def test_grid_that_latency_cannot_take_is_refused(tmp_path):
+    from anomalib_rdpp.benchmark.latency import run_latency
+
+    grid = {
+        "image_size": 64,
+        "rounds": 2,
+        "threads": [1],
+        "precisions": ["int4"],
+        "backbones": ["resnet18", "resnet34"],
+    }
+    models = {"stored": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": "model.ckpt"}}
+    config = tmp_path / "grid.yaml"
+    for content, message in (
+        (
+            {"models": models, "image_size": 64},
+            r"grid.yaml' is no grid of the latency benchmark: it has no backbones, p",
+        ),
+        ({**grid, "models": {}}, r"Unknown precision .*int4"),
+        (
+            {**grid, "models": models, "precisions": ["fp32"]},
+            r"but stored would be measured with each of resnet18, res",
+        ),
+    ):
+        config.write_text(yaml.safe_dump(content))
+        with pytest.raises(ValueError, match=message):
+            run_latency(config, tmp_path / "rows.csv")
+
+
+def test_export_of_a_checkpoint_that_changed_is_not_taken(tmp_path):
+    from anomalib_rdpp.benchmark.latency import _stamp
+
+    path = tmp_path / "model.ckpt"
+    stamps = [_stamp({"ckpt_path": str(path)}) for text in ("one", "other") if path.write_text(text)]
+    assert stamps[0] != stamps[1]
+
 
 def test_profile_without_a_model_says_which_file(tmp_path):
     from anomalib_rdpp.benchmark.layers import layer_table
 
     with pytest.raises(FileNotFoundError, match=r"No model at '.*none.xml': give the .xml"):
         layer_table(tmp_path / "none.xml")
-
-
-def test_unknown_precision_is_refused(tmp_path):
-    from anomalib_rdpp.benchmark.latency import run_latency
-
-    config = tmp_path / "grid.yaml"
-    config.write_text(yaml.safe_dump({"precisions": ["int4"]}))
-    with pytest.raises(ValueError, match=r"Unknown precision .*int4"):
-        run_latency(config, tmp_path / "rows.csv")
 
 
 def test_steps_of_both_ways_are_timed(tmp_path):

@@ -22,16 +22,16 @@ def latency_table(path: Path) -> str:
 
     Returns:
         Milliseconds as median (10th to 90th percentile); first result, memory and file of the smallest precision; how
-        many times the time of RD++ in INT8 each model takes at its best precision.
+        many times the time of RD++ in INT8 each model takes at its best precision. What failed is said.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     tables = []
     for (backbone, threads, size), rows in _read(path).groupby(["backbone", "threads", "image_size"], sort=False):
-        precisions = [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+        precisions = _precisions(rows)
         best = rows.groupby("model")["median_ms"].min()
-        ours = rows[(rows["model"] == FASTEST) & (rows["precision"] == "int8")]["median_ms"]
+        ours = rows[(rows["model"] == FASTEST) & (rows["precision"] == "int8")]["median_ms"].dropna()
         rounds, first = rows["rounds"].min(), rows.iloc[0]
         lines = [
             (
@@ -44,8 +44,12 @@ def latency_table(path: Path) -> str:
         ]
         for model, runs in rows.groupby("model", sort=False):
             own = runs.set_index("precision")
-            last = own.loc[[p for p in precisions if p in own.index][-1]]
             cells = [_interval(own.loc[p]) if p in own.index else "-" for p in precisions]
+            good = own[own["error"] == ""]
+            if good.empty:
+                lines.append(f"| {' | '.join([model, '-', *cells, *4 * '-'])} |")
+                continue
+            last = good.loc[[p for p in precisions if p in good.index][-1]]
             times = f"{best[model] / ours.iloc[0]:.1f}" if len(ours) else "-"
             facts = [f"{last[name]:.0f}" for name in ("first_result_ms", "peak_mib", "file_mib")]
             lines.append(f"| {' | '.join([model, f'{last.gmac:.1f}', *cells, *facts, times])} |")
@@ -70,7 +74,7 @@ def draw_latency(path: Path, folder: Path, accuracy: Path | None = None) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for (backbone, threads, size), rows in _read(path).groupby(["backbone", "threads", "image_size"], sort=False):
+    for (backbone, threads, size), rows in _measured(path).groupby(["backbone", "threads", "image_size"], sort=False):
         stem = f"{backbone}_{size}px_{threads}threads"
         pictures.append(
             _bars(rows, f"{backbone}, {size} px, batch 1, {threads} threads", folder / f"latency_{stem}.png")
@@ -81,25 +85,38 @@ def draw_latency(path: Path, folder: Path, accuracy: Path | None = None) -> list
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """Read the rows that were measured."""
+    """Read the rows, of those with the same key the last; older files don't say where a failed model was to run."""
     if not path.is_file():
         msg = f"No results at '{path}': run `python -m anomalib_rdpp.benchmark latency CONFIG --output {path}` first."
         raise FileNotFoundError(msg)
     rows = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS)
-    rows = rows[rows["error"] == ""].drop_duplicates(list(KEY), keep="last")
+    rows = rows[rows["threads"] != ""].drop_duplicates(list(KEY), keep="last")
     rows[list(NUMBERS)] = rows[list(NUMBERS)].apply(pd.to_numeric)
     return rows
 
 
+def _measured(path: Path) -> pd.DataFrame:
+    """Read the rows of what didn't fail."""
+    rows = _read(path)
+    return rows[rows["error"] == ""]
+
+
+def _precisions(rows: pd.DataFrame) -> list[str]:
+    """Those of the rows, in our order."""
+    return [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+
+
 def _interval(row: pd.Series) -> str:
-    """Median and spread."""
+    """Median and spread, or that there is none."""
+    if row.error:
+        return "failed"
     return f"{row.median_ms:.0f} ({row.p10_ms:.0f}-{row.p90_ms:.0f})"
 
 
 def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
     """Draw a group of bars per model, a bar per precision."""
     models = list(dict.fromkeys(rows["model"]))
-    precisions = [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+    precisions = _precisions(rows)
     figure, axis = plt.subplots(figsize=(9, 1 + 0.75 * len(models)), layout="constrained")
     height = 0.8 / len(precisions)
     for i, precision in enumerate(precisions):
