@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -275,7 +276,7 @@ def test_analyses_of_trained_models(grid, tmp_path, capsys):
     assert (tmp_path / "analyses_tiny.png").is_file()
 
 
-def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path):
+def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path, monkeypatch):
     from anomalib_rdpp.benchmark import latency
     from anomalib_rdpp.benchmark.latency import COLUMNS as LATENCY
     from anomalib_rdpp.benchmark.latency import run_latency
@@ -313,6 +314,7 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
         latency.Candidate({**measured["RD++", "fp32"], "model": model}, path)
         for model, path in (("unreadable", config), ("RD++", exported))
     ]
+    monkeypatch.setattr(latency, "_probe", lambda *_: {})
     latency._measure(candidates, 1, 64, 1, 60.0, tmp_path / "more.csv")
     assert [bool(row["error"]) for row in read_rows(tmp_path / "more.csv", LATENCY)] == [True, False]
 
@@ -396,6 +398,18 @@ def test_curves_have_a_row_per_test_and_are_drawn(grid, tmp_path):
     assert len(read_rows(output, CURVES)) == 4
     assert "| tiny | averaged | 1 | 2 |" in curves_table(output)
     assert [path.name for path in draw_curves(output, tmp_path / "pictures")] == ["curves_tiny.png"]
+
+
+def test_curves_take_the_trainer_of_the_grid_and_of_the_model(grid, monkeypatch):
+    from anomalib_rdpp.benchmark import curves
+
+    config, output = grid([0], ours={**RDPP, "trainer": {"devices": 2}}, alone=RDPP)
+    content = {**yaml.safe_load(config.read_text()), "every": 1, "trainer": {"devices": 1, "strategy": "ddp"}}
+    config.write_text(yaml.safe_dump(content))
+    asked = []
+    monkeypatch.setattr(curves, "Engine", lambda **options: asked.append(options) or mock.Mock())
+    curves.run_curves(config, output)
+    assert [(options["devices"], options["strategy"]) for options in asked] == [(1, "ddp"), (2, "ddp")]
 
 
 def test_model_of_an_unfinished_run_is_not_taken(grid):
