@@ -419,6 +419,10 @@ def test_model_of_an_unfinished_run_is_not_taken(grid):
     run_accuracy(config, output)
     content = yaml.safe_load(config.read_text())
     assert load_trained(content, "tiny", "ours", 0, output.parent)
+    for own in ({"projection": False}, {"backbone": "resnet34"}):
+        content["models"]["ours"] = {**RDPP, "init_args": RDPP["init_args"] | own}
+        with pytest.raises(ValueError, match=r"is of another model than the grid's ours"):
+            load_trained(content, "tiny", "ours", 0, output.parent)
     folder = output.parent / "tiny" / "ours"
     (folder / "64px_batch2_1epochs_seed0").rename(folder / "64px_batch2_5epochs_seed0")
     content["data"]["tiny"]["epochs"] = 5

@@ -167,6 +167,7 @@ def load_trained(
 
     Raises:
         FileNotFoundError: If there is none, because the run was not made or not finished.
+        ValueError: If it is of another model than the grid's.
     """
     folder = run_folder(grid, data, name, seed, results)
     model = build_model(grid, name, has_masks)
@@ -174,7 +175,21 @@ def load_trained(
         with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
             stored = torch.load(path, "cpu", weights_only=True)
         if stored["epoch"] + 1 == epochs_of(grid, data, name):
-            model.load_state_dict(stored["state_dict"], strict=False)
+            _load(model, stored["state_dict"], path, name)
             return model.eval()
     msg = f"No trained model in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
     raise FileNotFoundError(msg)
+
+
+def _load(model: AnomalibModule, state: dict[str, Any], path: Path, name: str) -> None:
+    """Load all but the parts that a benchmark gives a model anew."""
+    msg = f"'{path}' is of another model than the grid's {name}: run `accuracy` with this grid into another folder."
+    try:
+        missing, surplus = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # other shapes
+        raise ValueError(msg) from error
+    for said, keys in (("lacks", missing), ("has besides", surplus)):
+        own = [key for key in keys if not key.startswith(("evaluator.", "post_processor."))]
+        if own:
+            msg = f"{msg} It {said} {own[0]}{f' and {len(own) - 1} more' if len(own) > 1 else ''}."
+            raise ValueError(msg)
