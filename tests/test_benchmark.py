@@ -355,6 +355,45 @@ def test_export_of_a_checkpoint_that_changed_is_not_taken(tmp_path):
     assert stamps[0] != stamps[1]
 
 
+def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from anomalib_rdpp.benchmark import latency, speed
+
+    times = dict.fromkeys((*latency.COLUMNS[5:13], "processor"), 1)
+    fixed = {"backbone": "resnet18", "precision": "fp32", "threads": 2, "image_size": 256}
+    for model in ("RD++", "PatchCore, bank 2048", "PatchCore, bank 16384", "PatchCore, 2 %", "untested"):
+        append_row(tmp_path / "latency.csv", latency.COLUMNS, {"model": model, **fixed, **times})
+    facts = {"epochs": 1, "batch_size": 8, "protocol": "last", "seed": 0}
+    for data, size, model, auroc in (
+        ("mtd", 256, "RD++", 0.5),
+        ("mtd", 128, "RD++", 0.9),
+        ("cookie/a", 256, "PatchCore", 0.7),
+        ("cookie/a", 256, "PatchCore, 2 %", 0.6),
+        ("cookie/a", 256, "RD++", 0.9),
+        ("other", 256, "other", 0.9),
+    ):
+        row = {"data": data, "image_size": size, "model": model, "image_AUROC": auroc}
+        append_row(tmp_path / "rows.csv", COLUMNS, {**facts, **row})
+    drawn, titles = [], []
+    monkeypatch.setattr(Axes, "annotate", lambda _, text, place, **__: drawn.append((text.split("\n")[0], place[1])))
+    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text.splitlines()[0]))
+    monkeypatch.setattr(speed, "_bars", lambda *_: tmp_path / "bars.png")
+    pictures = speed.draw_latency(tmp_path / "latency.csv", tmp_path, tmp_path / "rows.csv")
+    assert [path.stem.removeprefix("accuracy_latency_resnet18_256px_2threads_") for path in pictures[1:]] == [
+        "mtd",
+        "cookie_a",
+    ]
+    assert titles == ["mtd, 256 px", "cookie/a, 256 px"]
+    assert drawn == [
+        ("RD++", 50),
+        ("RD++", 90),
+        ("PatchCore, bank 2048", 70),
+        ("PatchCore, bank 16384", 70),
+        ("PatchCore, 2 %", 60),
+    ]
+
+
 def test_profile_without_a_model_says_which_file(tmp_path):
     from anomalib_rdpp.benchmark.layers import layer_table
 

@@ -109,7 +109,11 @@ def _add_pictures(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     report.add_argument("--published", nargs="+", type=Path, default=[], help="YAML grids with published figures")
     report.add_argument("--latency", type=Path, help="latency CSV")
     report.add_argument("--pictures", type=Path, help="folder for pictures")
-    report.add_argument("--bubbles", action="store_true", help="also draw accuracy over latency, of equal backbones")
+    report.add_argument(
+        "--bubbles",
+        action="store_true",
+        help="also draw accuracy over latency, a picture per data set, of equal backbones",
+    )
     report.set_defaults(run=_run_report)
 
     gallery = commands.add_parser("gallery", help="draw heat maps of an accuracy grid's models side by side")
