@@ -1,14 +1,19 @@
 """The accuracy benchmark: rows written once, failures told, parts of data, shards."""
 
 import csv
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import yaml
 
 from anomalib_rdpp.benchmark import accuracy
 from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
+from anomalib_rdpp.benchmark.probe import peak_mib, reset_peak
 from anomalib_rdpp.benchmark.report import accuracy_table
 from anomalib_rdpp.benchmark.rows import append_row, read_rows
 
@@ -48,10 +53,21 @@ def test_failed_model_is_told_and_the_rest_complete(grid):
     assert "Nothing" in broken["error"]
     assert ours["error"] == ""
     assert 0 <= float(ours["image_AUROC"]) <= 1
+    assert int(ours["peak_memory_mib"]) > 0
     assert (ours["train_images"], ours["test_images"], ours["steps"]) == ("2", "8", "1")
     table = accuracy_table(output)
     assert "| tiny | 64 | broken | 0 (1 failed) |" in table
     assert "| tiny | 64 | ours | 1 |" in table
+
+
+def test_peak_memory_falls_after_a_reset():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux can reset the peak")
+    pixels = np.ones(2**27, np.uint8)  # 128 MiB
+    before = peak_mib()
+    del pixels
+    reset_peak()
+    assert peak_mib() < before - 100
 
 
 def test_missing_data_set_is_told_and_the_rest_complete(grid):
@@ -101,6 +117,15 @@ def test_rows_of_an_older_file_are_kept_and_their_protocol_known(grid):
     )
     assert [row["teacher"] for row in read_rows(output, COLUMNS)] == ["", "T"]
     assert "last epoch, tested once. Teacher: not recorded (ours); T (other)." in accuracy_table(output)
+
+
+def test_row_that_begins_like_the_header_is_a_row(tmp_path):
+    for columns in (["data", "model", "seed"], COLUMNS):
+        for model in ("data", "model"):
+            append_row(tmp_path / "rows.csv", columns, {"data": "data", "model": model, "seed": 0})
+    rows = read_rows(tmp_path / "rows.csv", COLUMNS)
+    assert [(row["data"], row["model"]) for row in rows] == [("data", "data"), ("data", "model")] * 2
+    assert (tmp_path / "rows.csv").read_text().count("data,model,seed") == 2
 
 
 def test_best_epoch_on_test_is_a_row_of_its_own_and_said(grid):
@@ -164,7 +189,7 @@ def test_report_without_rows_says_what_to_run(tmp_path):
         accuracy_table(tmp_path / "none.csv")
 
 
-def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
+def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, monkeypatch):
     from anomalib_rdpp.benchmark import precision
     from anomalib_rdpp.benchmark.gallery import draw_gallery
 
@@ -172,7 +197,18 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"benchmark accuracy"):
         draw_gallery([config], output.parent, tmp_path / "gallery")
     run_accuracy(config, output)
-    assert [path.name for path in draw_gallery([config], output.parent, tmp_path / "gallery")] == ["tiny.png"]
+    second, content = tmp_path / "second.yaml", yaml.safe_load(config.read_text())
+    content["data"] = {"again": content["data"]["tiny"]}
+    second.write_text(yaml.safe_dump(content))
+    shutil.copytree(output.parent / "tiny", output.parent / "again")
+    pictures = draw_gallery([config, second], output.parent, tmp_path / "gallery")
+    assert [path.name for path in pictures] == ["tiny.png", "again.png"]
+    with pytest.raises(ValueError, match=r"Two grids have 'ours' on tiny: rename it in one grid"):
+        draw_gallery([config, config], output.parent, tmp_path / "gallery")
+    content["data"]["again"]["test_every"] = 8
+    second.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"all 1 test images of again are (defects|normal): add the other kind"):
+        draw_gallery([second], output.parent, tmp_path / "gallery")
 
     four = ("torch", "fp32", "fp16", "int8")
     precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=four)
@@ -184,6 +220,17 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path):
     assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
     assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]
     assert "| tiny | 64 | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
+
+    monkeypatch.setattr(precision, "_answers", lambda *_: {"fp16": lambda: 1 / 0, "int8": lambda: None})
+    monkeypatch.setattr(precision, "_test", lambda *_: {})
+    for _ in range(2):
+        precision.run_precision(config, output.parent, tmp_path / "broken.csv", precisions=["fp16", "int8"])
+    rows = read_rows(tmp_path / "broken.csv", precision.COLUMNS)
+    assert [(row["precision"], row["error"]) for row in rows] == [
+        ("fp16", "ZeroDivisionError: division by zero"),
+        ("int8", ""),
+        ("fp16", "ZeroDivisionError: division by zero"),
+    ]
 
 
 def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
@@ -210,9 +257,14 @@ def test_analyses_of_trained_models(grid, tmp_path, capsys):
     config, output = grid([0], **models)
     run_accuracy(config, output)
     config, _ = grid([0], **models, untrained=RDPP)
+    second, content = tmp_path / "second.yaml", yaml.safe_load(config.read_text())
+    content |= {"data": {"again": content["data"]["tiny"]}, "models": {"untrained": RDPP}}
+    second.write_text(yaml.safe_dump(content))
     csv_path = tmp_path / "analyses.csv"
-    main(["analyses", str(config), "--results", str(output.parent), "--output", str(csv_path)])
-    rows = {row["model"]: row for row in read_rows(csv_path, ANALYSES)}
+    main(["analyses", str(config), str(second), "--results", str(output.parent), "--output", str(csv_path)])
+    *rows, last = read_rows(csv_path, ANALYSES)
+    assert (last["data"], last["model"]) == ("again", "untrained")
+    rows = {row["model"]: row for row in rows}
     assert [name for name, row in rows.items() if row["error"]] == ["untrained"]
     for name in ("normal", "normal_mse", "abnormal", "noise"):
         assert rows["RD"][f"teacher_{name}"] == rows["RD"][f"student_{name}"] != ""  # RD's student sees the teacher
@@ -224,7 +276,8 @@ def test_analyses_of_trained_models(grid, tmp_path, capsys):
     assert (tmp_path / "analyses_tiny.png").is_file()
 
 
-def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path):
+def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path, monkeypatch):
+    from anomalib_rdpp.benchmark import latency
     from anomalib_rdpp.benchmark.latency import COLUMNS as LATENCY
     from anomalib_rdpp.benchmark.latency import run_latency
     from anomalib_rdpp.benchmark.speed import draw_latency, latency_table
@@ -234,13 +287,14 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
         "PatchCore": {"class_path": "anomalib.models.Patchcore", "bank": 20},
         "CFA": {"class_path": "anomalib.models.Cfa"},
         "broken": {"class_path": "anomalib.models.Nothing"},
+        "lost": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": str(tmp_path / "none.ckpt")},
     }
     grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": ["torch", "fp32"], "backbones": ["resnet18"]}
     config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
     config.write_text(yaml.safe_dump({**grid, "models": models}))
     run_latency(config, output)
     rows = read_rows(output, LATENCY)
-    assert [row["model"] for row in rows if row["error"]] == ["broken"]
+    assert [row["model"] for row in rows if row["error"]] == ["broken", "broken", "lost", "lost"]
     measured = {(row["model"], row["precision"]): row for row in rows if not row["error"]}
     assert len(measured) == 6
     assert all(float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0 for row in measured.values())
@@ -248,6 +302,7 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     assert measured["CFA", "fp32"]["bank"].startswith("256 x")
     table = latency_table(output)
     assert "| RD++ |" in table
+    assert "| broken | - | failed | failed | - |" in table
     assert all(path.is_file() for path in draw_latency(output, tmp_path / "pictures"))
 
     from anomalib_rdpp.benchmark.layers import layer_table
@@ -255,21 +310,95 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     exported = next((tmp_path / "latency_models").rglob("model.xml"))
     assert "| Convolution | " in layer_table(exported, size=64, rounds=2)
 
+    candidates = [
+        latency.Candidate({**measured["RD++", "fp32"], "model": model}, path)
+        for model, path in (("unreadable", config), ("RD++", exported))
+    ]
+    monkeypatch.setattr(latency, "_probe", lambda *_: {})
+    latency._measure(candidates, 1, 64, 1, 60.0, tmp_path / "more.csv")
+    assert [bool(row["error"]) for row in read_rows(tmp_path / "more.csv", LATENCY)] == [True, False]
+
+
+def test_grid_that_latency_cannot_take_is_refused(tmp_path):
+    from anomalib_rdpp.benchmark.latency import run_latency
+
+    grid = {
+        "image_size": 64,
+        "rounds": 2,
+        "threads": [1],
+        "precisions": ["int4"],
+        "backbones": ["resnet18", "resnet34"],
+    }
+    models = {"stored": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": "model.ckpt"}}
+    config = tmp_path / "grid.yaml"
+    for content, message in (
+        (
+            {"models": models, "image_size": 64},
+            r"grid.yaml' is no grid of the latency benchmark: it has no backbones, p",
+        ),
+        ({**grid, "models": {}}, r"Unknown precision .*int4"),
+        (
+            {**grid, "models": models, "precisions": ["fp32"]},
+            r"but stored would be measured with each of resnet18, res",
+        ),
+    ):
+        config.write_text(yaml.safe_dump(content))
+        with pytest.raises(ValueError, match=message):
+            run_latency(config, tmp_path / "rows.csv")
+
+
+def test_export_of_a_checkpoint_that_changed_is_not_taken(tmp_path):
+    from anomalib_rdpp.benchmark.latency import _stamp
+
+    path = tmp_path / "model.ckpt"
+    stamps = [_stamp({"ckpt_path": str(path)}) for text in ("one", "other") if path.write_text(text)]
+    assert stamps[0] != stamps[1]
+
+
+def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    from anomalib_rdpp.benchmark import latency, speed
+
+    times = dict.fromkeys((*latency.COLUMNS[5:13], "processor"), 1)
+    fixed = {"backbone": "resnet18", "precision": "fp32", "threads": 2, "image_size": 256}
+    for model in ("RD++", "PatchCore, bank 2048", "PatchCore, bank 16384", "PatchCore, 2 %", "untested"):
+        append_row(tmp_path / "latency.csv", latency.COLUMNS, {"model": model, **fixed, **times})
+    facts = {"epochs": 1, "batch_size": 8, "protocol": "last", "seed": 0}
+    for data, size, model, auroc in (
+        ("mtd", 256, "RD++", 0.5),
+        ("mtd", 128, "RD++", 0.9),
+        ("cookie/a", 256, "PatchCore", 0.7),
+        ("cookie/a", 256, "PatchCore, 2 %", 0.6),
+        ("cookie/a", 256, "RD++", 0.9),
+        ("other", 256, "other", 0.9),
+    ):
+        row = {"data": data, "image_size": size, "model": model, "image_AUROC": auroc}
+        append_row(tmp_path / "rows.csv", COLUMNS, {**facts, **row})
+    drawn, titles = [], []
+    monkeypatch.setattr(Axes, "annotate", lambda _, text, place, **__: drawn.append((text.split("\n")[0], place[1])))
+    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text.splitlines()[0]))
+    monkeypatch.setattr(speed, "_bars", lambda *_: tmp_path / "bars.png")
+    pictures = speed.draw_latency(tmp_path / "latency.csv", tmp_path, tmp_path / "rows.csv")
+    assert [path.stem.removeprefix("accuracy_latency_resnet18_256px_2threads_") for path in pictures[1:]] == [
+        "mtd",
+        "cookie_a",
+    ]
+    assert titles == ["mtd, 256 px", "cookie/a, 256 px"]
+    assert drawn == [
+        ("RD++", 50),
+        ("RD++", 90),
+        ("PatchCore, bank 2048", 70),
+        ("PatchCore, bank 16384", 70),
+        ("PatchCore, 2 %", 60),
+    ]
+
 
 def test_profile_without_a_model_says_which_file(tmp_path):
     from anomalib_rdpp.benchmark.layers import layer_table
 
     with pytest.raises(FileNotFoundError, match=r"No model at '.*none.xml': give the .xml"):
         layer_table(tmp_path / "none.xml")
-
-
-def test_unknown_precision_is_refused(tmp_path):
-    from anomalib_rdpp.benchmark.latency import run_latency
-
-    config = tmp_path / "grid.yaml"
-    config.write_text(yaml.safe_dump({"precisions": ["int4"]}))
-    with pytest.raises(ValueError, match=r"Unknown precision .*int4"):
-        run_latency(config, tmp_path / "rows.csv")
 
 
 def test_steps_of_both_ways_are_timed(tmp_path):
@@ -310,6 +439,18 @@ def test_curves_have_a_row_per_test_and_are_drawn(grid, tmp_path):
     assert [path.name for path in draw_curves(output, tmp_path / "pictures")] == ["curves_tiny.png"]
 
 
+def test_curves_take_the_trainer_of_the_grid_and_of_the_model(grid, monkeypatch):
+    from anomalib_rdpp.benchmark import curves
+
+    config, output = grid([0], ours={**RDPP, "trainer": {"devices": 2}}, alone=RDPP)
+    content = {**yaml.safe_load(config.read_text()), "every": 1, "trainer": {"devices": 1, "strategy": "ddp"}}
+    config.write_text(yaml.safe_dump(content))
+    asked = []
+    monkeypatch.setattr(curves, "Engine", lambda **options: asked.append(options) or mock.Mock())
+    curves.run_curves(config, output)
+    assert [(options["devices"], options["strategy"]) for options in asked] == [(1, "ddp"), (2, "ddp")]
+
+
 def test_model_of_an_unfinished_run_is_not_taken(grid):
     from anomalib_rdpp.benchmark.grid import load_trained
 
@@ -317,6 +458,10 @@ def test_model_of_an_unfinished_run_is_not_taken(grid):
     run_accuracy(config, output)
     content = yaml.safe_load(config.read_text())
     assert load_trained(content, "tiny", "ours", 0, output.parent)
+    for own in ({"projection": False}, {"backbone": "resnet34"}):
+        content["models"]["ours"] = {**RDPP, "init_args": RDPP["init_args"] | own}
+        with pytest.raises(ValueError, match=r"is of another model than the grid's ours"):
+            load_trained(content, "tiny", "ours", 0, output.parent)
     folder = output.parent / "tiny" / "ours"
     (folder / "64px_batch2_1epochs_seed0").rename(folder / "64px_batch2_5epochs_seed0")
     content["data"]["tiny"]["epochs"] = 5

@@ -63,7 +63,7 @@ def _add_runs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     analyses.add_argument("--results", type=Path, default=Path("results"), help="folder of its CSV and checkpoints")
     analyses.add_argument("--output", type=Path, default=Path("results/analyses.csv"), help="CSV, pictures beside it")
     analyses.add_argument("--seed", type=int, default=0, help="of the runs to analyse")
-    analyses.add_argument("--data", nargs="+", help="names of the first grid's data, all by default")
+    analyses.add_argument("--data", nargs="+", help="names of the grids' data, all by default")
     analyses.add_argument("--models", nargs="+", help="names of the grids' models, all by default")
     analyses.set_defaults(run=_run_analyses)
 
@@ -109,7 +109,11 @@ def _add_pictures(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     report.add_argument("--published", nargs="+", type=Path, default=[], help="YAML grids with published figures")
     report.add_argument("--latency", type=Path, help="latency CSV")
     report.add_argument("--pictures", type=Path, help="folder for pictures")
-    report.add_argument("--bubbles", action="store_true", help="also draw accuracy over latency, of equal backbones")
+    report.add_argument(
+        "--bubbles",
+        action="store_true",
+        help="also draw accuracy over latency, a picture per data set, of equal backbones",
+    )
     report.set_defaults(run=_run_report)
 
     gallery = commands.add_parser("gallery", help="draw heat maps of an accuracy grid's models side by side")

@@ -7,13 +7,13 @@ tries it again. ``best_on_test`` does what the published programs do, and its ro
 
 import logging
 import platform
-import resource
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
@@ -21,6 +21,7 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
 from .grid import build_datamodule, build_model, epochs_of, read_grid, row_names, run_folder, sets_to_test
+from .probe import peak_mib, reset_peak
 from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ COLUMNS = (
     "data", "model", "seed", "epochs", "steps", "train_images", "test_images", "image_size", "batch_size",
     *METRICS,
     "fit_seconds", "test_seconds", "peak_memory_mib", "parameters", "anomalib", "torch", "commit", "device",
-    "protocol", "teacher", "error",
+    "protocol", "teacher", "gpu_memory_mib", "error",
 )  # fmt: skip
 
 
@@ -95,6 +96,7 @@ def _train_and_test(
 ) -> dict[str, dict[str, Any]]:
     """Train one model for its epochs, test it once, on joined categories once each; a row's figures by its data."""
     seed_everything(seed, workers=True)
+    _reset_peaks()
     datamodule = build_datamodule(grid, data)
     module = build_model(grid, model, has_masks=datamodule.task == "segmentation")
     every_epoch = _EveryEpoch()
@@ -122,8 +124,18 @@ def _train_and_test(
         "device": f"{engine.trainer.strategy.root_device} {platform.machine()}",
     }
     tested = {data: every_epoch.best()} if best_on_test else _test(engine, module, datamodule, grid, data)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # of the process so far
-    return {name: {**facts, **results, "peak_memory_mib": memory} for name, results in tested.items()}
+    facts["peak_memory_mib"] = peak_mib()
+    if (device := engine.trainer.strategy.root_device).type == "cuda":
+        facts["gpu_memory_mib"] = torch.cuda.max_memory_allocated(device) // 2**20
+    return {name: {**facts, **results} for name, results in tested.items()}
+
+
+def _reset_peaks() -> None:
+    """Count the peaks of memory from now on."""
+    reset_peak()
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
 
 
 def _test(

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import Resize
 from tqdm import tqdm
 
 from .features import SCALES, feature_distances, has_student
-from .grid import build_datamodule, epochs_of, load_trained, read_grid
+from .grid import build_datamodule, epochs_of, load_trained, models_on_data, read_grid
 from .histograms import BINS, Analysis, draw_histograms
 from .report import mean_and_spread
 from .rows import append_row, commit, read_rows
@@ -54,7 +54,7 @@ def run_analyses(
     """Analyse trained models, a CSV row each, and draw a picture per data set.
 
     Args:
-        configs: Grids that ``run_accuracy`` was given; models of all on the data of the first.
+        configs: Grids that ``run_accuracy`` was given; each on its own data.
         results: Folder of its CSV, where the checkpoints are.
         output: CSV file, appended to; pictures go beside it.
         seed: Of the runs, and of the noise.
@@ -65,20 +65,20 @@ def run_analyses(
         The pictures. A model that fails becomes a row with its error.
 
     Raises:
-        ValueError: If data or model is unknown.
+        ValueError: If data or model is unknown, or two grids have a model of the same name on the same data.
     """
-    grids = [read_grid(config) for config in configs]
-    known = {name: grid for grid in grids for name in grid["models"]}
-    for chosen, names in ((data, grids[0]["data"]), (models, known)):
+    known = models_on_data([read_grid(config) for config in configs])
+    for chosen, names in ((data, known), (models, dict.fromkeys(name for own in known.values() for name in own))):
         if unknown := set(chosen or ()) - set(names):
             msg = f"Unknown {', '.join(map(repr, sorted(unknown)))}; choose of {', '.join(map(repr, names))}."
             raise ValueError(msg)
     pictures = []
-    for part in data or grids[0]["data"]:
+    for part in data or known:
         analyses = {}
-        images = build_datamodule(grids[0], part).test_data
-        for name in models or known:
-            grid = known[name]
+        images = build_datamodule(next(iter(known[part].values())), part).test_data
+        for name, grid in known[part].items():
+            if name not in (models or known[part]):
+                continue
             run = {"data": part, "image_size": grid["image_size"], "model": name, "seed": seed, "commit": commit()}
             try:
                 run["epochs"] = epochs_of(grid, part, name)

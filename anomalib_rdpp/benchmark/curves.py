@@ -63,7 +63,7 @@ def run_curves(config: Path, output: Path) -> None:
 
     Args:
         config: YAML as of the accuracy benchmark, with ``every``, the epochs from test to test; a model may have
-            ``callbacks``, a list of ``class_path`` and ``init_args``, and ``trainer``, its options.
+            ``callbacks``, a list of ``class_path`` and ``init_args``.
         output: CSV file, appended to.
 
     Raises:
@@ -104,7 +104,7 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -
             ModelCheckpoint(folder, save_top_k=0),
             *(instantiate_class((), callback) for callback in grid["models"][model].get("callbacks", ())),
         ],
-        **grid["models"][model].get("trainer", {}),
+        **{**grid.get("trainer", {}), **grid["models"][model].get("trainer", {})},
     )
     engine.fit(module, datamodule=datamodule)
 

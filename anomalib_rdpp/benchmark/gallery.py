@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 
-from .grid import build_datamodule, build_model, load_trained, read_grid
+from .grid import build_datamodule, build_model, load_trained, models_on_data, read_grid
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def draw_gallery(configs: Sequence[Path], results: Path, output: Path, seed: int
     """Draw image, truth and the map of each model: best, median and worst defects, and the worst normal image.
 
     Args:
-        configs: Grids that ``run_accuracy`` was given; models of all on the data of the first.
+        configs: Grids that ``run_accuracy`` was given; each on its own data.
         results: Folder of its CSV, where the checkpoints are.
         output: Folder for a picture per data set.
         seed: Of the runs.
@@ -29,21 +29,28 @@ def draw_gallery(configs: Sequence[Path], results: Path, output: Path, seed: int
 
     Raises:
         FileNotFoundError: If a run's checkpoint isn't there.
+        ValueError: If two grids have a model of the same name on the same data, or a test set has but one kind of
+            images.
     """
-    grids = [read_grid(config) for config in configs]
+    known = models_on_data([read_grid(config) for config in configs])
     output.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for data in grids[0]["data"]:
-        dataset = build_datamodule(grids[0], data).test_data
+    for data, models in known.items():
+        dataset = build_datamodule(next(iter(models.values())), data).test_data
         batches = list(DataLoader(dataset, collate_fn=dataset.collate_fn))  # one by one: sizes may differ
         maps, scores = {}, {}
-        for grid in grids:
-            for name in grid["models"]:
-                model = load_trained(grid, data, name, seed, results)
-                answers = [model(batch.image) for batch in batches]
-                maps[name] = [answer.anomaly_map.squeeze().numpy() for answer in answers]
-                scores[name] = np.array([float(answer.pred_score) for answer in answers])
         is_defect = np.array([bool(batch.gt_label) for batch in batches])
+        if is_defect.all() or not is_defect.any():
+            msg = (
+                f"The gallery shows defects beside a normal image, but all {len(batches)} test images of {data} are "
+                f"{'defects' if is_defect.all() else 'normal'}: add the other kind."
+            )
+            raise ValueError(msg)
+        for name, grid in models.items():
+            model = load_trained(grid, data, name, seed, results)
+            answers = [model(batch.image) for batch in batches]
+            maps[name] = [answer.anomaly_map.squeeze().numpy() for answer in answers]
+            scores[name] = np.array([float(answer.pred_score) for answer in answers])
         chosen = _choose(scores[name], is_defect)
         pictures.append(_draw(batches, maps, scores, chosen, output / f"{data.replace('/', '_')}.png"))
     return pictures

@@ -4,6 +4,7 @@
 ``batch_size`` hold for all. docs/benchmark.md has every key.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,23 @@ def _entries(data: str, part: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
             entry["epochs"] = part["categories"][category]
         entries.append((f"{data}/{category}", entry))
     return entries
+
+
+def models_on_data(grids: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Map the data of all grids to their models, and each model to its grid.
+
+    Raises:
+        ValueError: If two grids have a model of the same name on the same data.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for grid in grids:
+        for data in grid["data"]:
+            models = found.setdefault(data, {})
+            if twice := models.keys() & grid["models"].keys():
+                msg = f"Two grids have {', '.join(map(repr, sorted(twice)))} on {data}: rename it in one grid."
+                raise ValueError(msg)
+            models |= dict.fromkeys(grid["models"], grid)
+    return found
 
 
 def epochs_of(grid: dict[str, Any], data: str, model: str) -> int:
@@ -149,6 +167,7 @@ def load_trained(
 
     Raises:
         FileNotFoundError: If there is none, because the run was not made or not finished.
+        ValueError: If it is of another model than the grid's.
     """
     folder = run_folder(grid, data, name, seed, results)
     model = build_model(grid, name, has_masks)
@@ -156,7 +175,21 @@ def load_trained(
         with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
             stored = torch.load(path, "cpu", weights_only=True)
         if stored["epoch"] + 1 == epochs_of(grid, data, name):
-            model.load_state_dict(stored["state_dict"], strict=False)
+            _load(model, stored["state_dict"], path, name)
             return model.eval()
     msg = f"No trained model in '{folder}': run `python -m anomalib_rdpp.benchmark accuracy` with this grid first."
     raise FileNotFoundError(msg)
+
+
+def _load(model: AnomalibModule, state: dict[str, Any], path: Path, name: str) -> None:
+    """Load all but the parts that a benchmark gives a model anew."""
+    msg = f"'{path}' is of another model than the grid's {name}: run `accuracy` with this grid into another folder."
+    try:
+        missing, surplus = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # other shapes
+        raise ValueError(msg) from error
+    for said, keys in (("lacks", missing), ("has besides", surplus)):
+        own = [key for key in keys if not key.startswith(("evaluator.", "post_processor."))]
+        if own:
+            msg = f"{msg} It {said} {own[0]}{f' and {len(own) - 1} more' if len(own) > 1 else ''}."
+            raise ValueError(msg)

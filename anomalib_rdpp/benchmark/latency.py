@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -68,16 +69,25 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
     Args:
         config: YAML with ``models`` (a mapping from a name to ``class_path``, ``init_args``, and, if wanted, ``bank``,
             the entries of PatchCore's memory bank, or ``ckpt_path``), ``backbones``, ``precisions``, ``threads``,
-            ``image_size`` and ``rounds``.
+            ``image_size`` and ``rounds``. A model that fails becomes rows with its error.
         output: CSV file, appended to; exported models are kept beside it, so that a second run need not wait for them.
         minutes: Bound on the rounds of all; each backbone and number of threads gets its share.
 
     Raises:
-        ValueError: If a precision is unknown.
+        ValueError: If a key is missing, a precision is unknown, or a checkpoint would stand for several backbones.
     """
-    grid = yaml.safe_load(config.read_text())
+    grid = yaml.safe_load(config.read_text()) or {}
+    if missing := {"models", "backbones", "precisions", "threads", "image_size", "rounds"} - set(grid):
+        msg = f"'{config}' is no grid of the latency benchmark: it has no {', '.join(sorted(missing))}."
+        raise ValueError(msg)
     if unknown := set(grid["precisions"]) - set(PRECISIONS):
         msg = f"Unknown precision {sorted(unknown)}; choose of {', '.join(PRECISIONS)}."
+        raise ValueError(msg)
+    if len(grid["backbones"]) > 1 and (stored := [name for name, own in grid["models"].items() if "ckpt_path" in own]):
+        msg = (
+            f"A checkpoint has its own backbone, but {', '.join(stored)} would be measured with each of "
+            f"{', '.join(grid['backbones'])}: write models with `ckpt_path` in a grid of one backbone."
+        )
         raise ValueError(msg)
     seconds = 60 * minutes / (len(grid["backbones"]) * len(grid["threads"]))
     for backbone in grid["backbones"]:
@@ -87,13 +97,13 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
 
 
 def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) -> list[Candidate]:
-    """Export every model in every precision, unless an earlier run did; one that fails becomes a row with its error."""
+    """Export every model in every precision, unless an earlier run did; one that fails becomes rows with its error."""
     size = grid["image_size"]
     candidates = []
     for name, entry in tqdm(grid["models"].items(), desc=f"export {backbone}", unit="model"):
         row = {"model": name, "backbone": backbone, "image_size": size, **_facts()}
-        place = folder / _digest(backbone, size, name, entry)
         try:
+            place = folder / _digest(backbone, size, name, entry, _stamp(entry))
             facts = place / "facts.json"
             if not facts.exists():
                 module = _build(entry, backbone, size)
@@ -104,7 +114,9 @@ def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) 
             candidates += [Candidate({**row, "precision": p}, place / FILES[p]) for p in grid["precisions"]]
         except Exception as error:
             logger.exception("%s failed", name)
-            append_row(output, COLUMNS, {**row, "error": f"{type(error).__name__}: {error}".replace("\n", " ")})
+            failed = {**row, "error": f"{type(error).__name__}: {error}"}
+            for threads, precision in product(grid["threads"], grid["precisions"]):
+                append_row(output, COLUMNS, {**failed, "threads": threads, "precision": precision})
     return candidates
 
 
@@ -116,13 +128,22 @@ def _measure(
     seconds: float,
     output: Path,
 ) -> None:
-    """Let the candidates take turns, then write a row each, with the rounds that there were."""
+    """Let the candidates that run take turns, then write a row each, with the rounds that there were."""
     torch.set_num_threads(threads)
     probes = [_probe(candidate.path, threads, size) for candidate in tqdm(candidates, desc="first result")]
-    runners = [load_runner(candidate.path, threads, size) for candidate in candidates]
     image = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
-    for runner in runners:
-        runner(image)  # warm-up
+    rows, runners = [], []
+    for candidate, probe in zip(candidates, probes, strict=True):
+        row = {**candidate.row, "threads": threads}
+        try:
+            runner = load_runner(candidate.path, threads, size)
+            runner(image)  # warm-up
+        except Exception as error:
+            logger.exception("%s in %s failed", row["model"], row["precision"])
+            append_row(output, COLUMNS, {**row, "error": f"{type(error).__name__}: {error}"})
+            continue
+        rows.append(row | probe)
+        runners.append(runner)
     times = []
     end = time.perf_counter() + seconds
     try:
@@ -133,9 +154,9 @@ def _measure(
                 break
     finally:
         if times:
-            for candidate, probe, spent in zip(candidates, probes, np.array(times).T, strict=True):
-                row = {name: round(float(np.percentile(spent, q)), 2) for name, q in PERCENTILES.items()}
-                append_row(output, COLUMNS, {**candidate.row, "threads": threads, "rounds": len(spent), **row, **probe})
+            for row, spent in zip(rows, np.array(times).T, strict=True):
+                found = {name: round(float(np.percentile(spent, q)), 2) for name, q in PERCENTILES.items()}
+                append_row(output, COLUMNS, {**row, "rounds": len(spent), **found})
 
 
 def _time(runner: Callable[[np.ndarray], object], image: np.ndarray) -> float:
@@ -202,6 +223,14 @@ def _export(module: AnomalibModule, place: Path, size: int) -> None:
     )
     quantized = nncf.quantize(network, images, subset_size=1, **options)
     ov.save_model(quantized, place / FILES["int8"], compress_to_fp16=False)
+
+
+def _stamp(entry: dict[str, Any]) -> tuple[int, ...]:
+    """Tell a checkpoint's content by its file's size and time."""
+    if "ckpt_path" not in entry:
+        return ()
+    facts = Path(entry["ckpt_path"]).stat()
+    return facts.st_size, facts.st_mtime_ns
 
 
 def _digest(*arguments: object) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,7 +54,7 @@ def run_precision(
 ) -> None:
     """Test the grid's trained models in torch and in OpenVINO fp32, fp16 and INT8, a row each.
 
-    A model that fails becomes rows with its error, and the others go on; the next call tries it again.
+    What fails becomes a row with its error, and the others go on; the next call tries it again.
 
     Args:
         config: Grid that ``run_accuracy`` was given.
@@ -81,8 +81,7 @@ def run_precision(
             try:
                 for row in _rows(grid, run, results, missing):
                     append_row(output, COLUMNS, row)
-                    missing.remove(row["precision"])
-            except Exception as error:
+            except Exception as error:  # before the first precision
                 logger.exception("%s on %s failed", name, part)
                 failure = {**run, "commit": commit(), "error": f"{type(error).__name__}: {error}"}
                 for precision in missing:
@@ -90,7 +89,7 @@ def run_precision(
 
 
 def _rows(grid: dict[str, Any], run: dict[str, Any], results: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
-    """Export one trained model, test each precision that is missing."""
+    """Export one trained model, test each precision that is missing; one that fails is a row with its error."""
     if not missing:
         return
     datamodule = build_datamodule(grid, run["data"])
@@ -107,9 +106,14 @@ def _rows(grid: dict[str, Any], run: dict[str, Any], results: Path, missing: lis
     }
     with TemporaryDirectory() as folder:
         answers = _answers(model, grid["image_size"], datamodule, Path(folder))
-        for precision in tuple(missing):
+        for precision in missing:
             label = f"{run['data']}, {run['model']}, {precision}"
-            yield {**facts, "precision": precision, **_test(model, answers[precision](), datamodule, label)}
+            try:
+                found: dict[str, Any] = _test(model, answers[precision](), datamodule, label)
+            except Exception as error:
+                logger.exception("%s failed", label)
+                found = {"error": f"{type(error).__name__}: {error}"}
+            yield {**facts, "precision": precision, **found}
 
 
 Answer = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -123,7 +127,10 @@ def _answers(
 ) -> dict[str, Callable[[], Answer]]:
     """By precision, what makes the model in it: a function from images ``(1, 3, H, W)`` to map and score."""
     core = ov.Core()
-    fp32 = core.read_model(model.to_openvino(folder, input_size=(size, size), onnx_kwargs={"dynamic_shapes": None}))
+
+    @cache
+    def fp32() -> ov.Model:
+        return core.read_model(model.to_openvino(folder, input_size=(size, size), onnx_kwargs={"dynamic_shapes": None}))
 
     def openvino(network: ov.Model) -> Answer:
         compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -140,15 +147,15 @@ def _answers(
         return {"anomaly_map": found.anomaly_map, "pred_score": found.pred_score}
 
     def half() -> Answer:
-        ov.save_model(fp32, folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
+        ov.save_model(fp32(), folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
         return openvino(core.read_model(folder / "fp16.xml"))
 
     def quantized(options: dict[str, Any]) -> Answer:
-        return openvino(quantize(fp32.clone(), datamodule, **options))
+        return openvino(quantize(fp32().clone(), datamodule, **options))
 
     return {
         "torch": lambda: pytorch,
-        "fp32": lambda: openvino(fp32),
+        "fp32": lambda: openvino(fp32()),
         "fp16": half,
         **{name: partial(quantized, options) for name, options in INT8.items()},
     }

@@ -18,18 +18,23 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     rows, names = [], list(columns)
     for line in path.read_text().splitlines():
         cells = next(csv.reader([line]), [])
-        if cells[:1] == [columns[0]]:
+        if _is_header(cells, columns):
             names = cells
         elif len(cells) == len(names):
             rows.append({**dict.fromkeys(columns, ""), **dict(zip(names, cells, strict=True))})
     return rows
 
 
+def _is_header(cells: list[str], columns: Sequence[str]) -> bool:
+    """Tell column names, of other versions too, from a row whose first cell is such a name: each row has numbers."""
+    return cells[:1] == [columns[0]] and all(map(str.isidentifier, cells))
+
+
 def append_row(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
     """Append one row, on a line of its own even if the one before was cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    headers = [line for line in lines if line.startswith(f"{columns[0]},")]
+    headers = [line for line in lines if _is_header(line.split(","), columns)]
     with path.open("a", newline="") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")

@@ -5,9 +5,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .accuracy import COLUMNS as ACCURACY_COLUMNS
-from .accuracy import PROTOCOLS, read_results
+from .accuracy import PROTOCOLS
 from .latency import COLUMNS, KEY, PRECISIONS
+from .report import SETTINGS, read_frame
 from .rows import read_rows
 
 NUMBERS = ("median_ms", "p10_ms", "p90_ms", "rounds", "first_result_ms", "peak_mib", "file_mib", "gmac")
@@ -22,16 +22,16 @@ def latency_table(path: Path) -> str:
 
     Returns:
         Milliseconds as median (10th to 90th percentile); first result, memory and file of the smallest precision; how
-        many times the time of RD++ in INT8 each model takes at its best precision.
+        many times the time of RD++ in INT8 each model takes at its best precision. What failed is said.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     tables = []
     for (backbone, threads, size), rows in _read(path).groupby(["backbone", "threads", "image_size"], sort=False):
-        precisions = [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+        precisions = _precisions(rows)
         best = rows.groupby("model")["median_ms"].min()
-        ours = rows[(rows["model"] == FASTEST) & (rows["precision"] == "int8")]["median_ms"]
+        ours = rows[(rows["model"] == FASTEST) & (rows["precision"] == "int8")]["median_ms"].dropna()
         rounds, first = rows["rounds"].min(), rows.iloc[0]
         lines = [
             (
@@ -44,8 +44,12 @@ def latency_table(path: Path) -> str:
         ]
         for model, runs in rows.groupby("model", sort=False):
             own = runs.set_index("precision")
-            last = own.loc[[p for p in precisions if p in own.index][-1]]
             cells = [_interval(own.loc[p]) if p in own.index else "-" for p in precisions]
+            good = own[own["error"] == ""]
+            if good.empty:
+                lines.append(f"| {' | '.join([model, '-', *cells, *4 * '-'])} |")
+                continue
+            last = good.loc[[p for p in precisions if p in good.index][-1]]
             times = f"{best[model] / ours.iloc[0]:.1f}" if len(ours) else "-"
             facts = [f"{last[name]:.0f}" for name in ("first_result_ms", "peak_mib", "file_mib")]
             lines.append(f"| {' | '.join([model, f'{last.gmac:.1f}', *cells, *facts, times])} |")
@@ -59,47 +63,65 @@ def draw_latency(path: Path, folder: Path, accuracy: Path | None = None) -> list
     Args:
         path: CSV that ``run_latency`` wrote.
         folder: Where the pictures go.
-        accuracy: CSV that ``run_accuracy`` wrote with this backbone. A model's name there is the name here up to the
-            first comma; others are left out.
+        accuracy: CSV that ``run_accuracy`` wrote with this backbone. A model's name there is the name here, or that up
+            to the first comma; others are left out.
 
     Returns:
-        The pictures.
+        The pictures; those of accuracy are one per data set that was tested at this image size.
 
     Raises:
         FileNotFoundError: If there is no such file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for (backbone, threads, size), rows in _read(path).groupby(["backbone", "threads", "image_size"], sort=False):
+    for (backbone, threads, size), rows in _measured(path).groupby(["backbone", "threads", "image_size"], sort=False):
         stem = f"{backbone}_{size}px_{threads}threads"
         pictures.append(
             _bars(rows, f"{backbone}, {size} px, batch 1, {threads} threads", folder / f"latency_{stem}.png")
         )
         if accuracy is not None:
-            pictures.append(_bubbles(rows, accuracy, folder / f"accuracy_latency_{stem}.png"))
+            results = read_frame(accuracy)
+            results = results[(results["error"] == "") & (results["protocol"] == PROTOCOLS[0])]
+            for data, own in results[results["image_size"] == size].groupby("data", sort=False):
+                path = folder / f"accuracy_latency_{stem}_{data.replace('/', '_')}.png"
+                if _bubbles(rows, own, path):
+                    pictures.append(path)
     return pictures
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """Read the rows that were measured."""
+    """Read the rows, of those with the same key the last; older files don't say where a failed model was to run."""
     if not path.is_file():
         msg = f"No results at '{path}': run `python -m anomalib_rdpp.benchmark latency CONFIG --output {path}` first."
         raise FileNotFoundError(msg)
     rows = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS)
-    rows = rows[rows["error"] == ""].drop_duplicates(list(KEY), keep="last")
+    rows = rows[rows["threads"] != ""].drop_duplicates(list(KEY), keep="last")
     rows[list(NUMBERS)] = rows[list(NUMBERS)].apply(pd.to_numeric)
     return rows
 
 
+def _measured(path: Path) -> pd.DataFrame:
+    """Read the rows of what didn't fail."""
+    rows = _read(path)
+    return rows[rows["error"] == ""]
+
+
+def _precisions(rows: pd.DataFrame) -> list[str]:
+    """Those of the rows, in our order."""
+    return [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+
+
 def _interval(row: pd.Series) -> str:
-    """Median and spread."""
+    """Median and spread, or that there is none."""
+    if row.error:
+        return "failed"
     return f"{row.median_ms:.0f} ({row.p10_ms:.0f}-{row.p90_ms:.0f})"
 
 
 def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
     """Draw a group of bars per model, a bar per precision."""
     models = list(dict.fromkeys(rows["model"]))
-    precisions = [precision for precision in PRECISIONS if precision in set(rows["precision"])]
+    precisions = _precisions(rows)
     figure, axis = plt.subplots(figsize=(9, 1 + 0.75 * len(models)), layout="constrained")
     height = 0.8 / len(precisions)
     for i, precision in enumerate(precisions):
@@ -121,24 +143,29 @@ def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
     return path
 
 
-def _bubbles(rows: pd.DataFrame, accuracy: Path, path: Path) -> Path:
-    """Draw image AUROC over the time of the best precision; the bubble's area is the peak memory."""
-    results = pd.DataFrame(read_results(accuracy), columns=ACCURACY_COLUMNS)
-    results = results[(results["error"] == "") & (results["protocol"] == PROTOCOLS[0])]
-    auroc = 100 * pd.to_numeric(results["image_AUROC"]).groupby(results["model"]).mean()
+def _bubbles(rows: pd.DataFrame, results: pd.DataFrame, path: Path) -> bool:
+    """Draw image AUROC over the time of the best precision, unless no model has both; the area is the peak memory."""
+    # A mean of seeds; of epochs and batch sizes the last in the CSV.
+    auroc = results.groupby(["model", *SETTINGS], sort=False)["image_AUROC"].mean().groupby("model").last()
     best = rows.loc[rows.groupby("model", sort=False)["median_ms"].idxmin()]
+    names = best["model"].where(best["model"].isin(auroc.index), best["model"].str.split(", ").str[0])
+    best = best.assign(auroc=names.map(auroc)).dropna(subset="auroc")
+    if best.empty:
+        return False
     figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for i, row in enumerate(best.itertuples()):
-        name = row.model.split(",")[0]
-        if name not in auroc:
-            continue
-        axis.scatter(row.median_ms, auroc[name], s=row.peak_mib, alpha=0.6, color=plt.get_cmap("tab10")(i % 10))
-        axis.annotate(f"{row.model}\n{row.precision}, {row.peak_mib:.0f} MiB", (row.median_ms, auroc[name]), fontsize=8)
+        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=plt.get_cmap("tab10")(i % 10))
+        axis.annotate(f"{row.model}\n{row.precision}, {row.peak_mib:.0f} MiB", (row.median_ms, row.auroc), fontsize=8)
     axis.set_xscale("log")
     axis.margins(0.25)
     axis.set_xlabel("milliseconds per image, best precision")
-    axis.set_ylabel("image AUROC in %, last epoch, mean of the accuracy benchmark")
-    axis.set_title(f"{rows['processor'].iloc[0]}, {rows['threads'].iloc[0]} threads; area: peak memory", fontsize=9)
+    axis.set_ylabel("image AUROC in %, last epoch, mean of seeds")
+    first = best.iloc[0]
+    axis.set_title(
+        f"{results['data'].iloc[0]}, {first.image_size} px\n"
+        f"Times of {first.backbone}, {first.processor}, {first.threads} threads; area: peak memory",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    return path
+    return True
