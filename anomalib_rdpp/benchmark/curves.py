@@ -126,7 +126,7 @@ def curves_table(path: Path) -> str:
         "| data | model | seeds | epochs | minutes | image AUROC | AUPRO | minutes to the first's AUROC | its AUPRO |",
         "|" + "---|" * 9,
     ]
-    for (data, *_), rows in _read(path).groupby(["data", "image_size", "batch_size"], sort=False):
+    for (data, _), rows in _read(path).groupby(["data", "image_size"], sort=False):
         ends: dict[str, float] = {}
         for model, runs in rows.groupby("model", sort=False):
             common = runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()
