@@ -145,7 +145,8 @@ def draw_curves(path: Path, pictures: Path) -> list[Path]:
     """Draw image AUROC and AUPRO over the CPU minutes, a picture for each data set: mean of the seeds, thin lines each.
 
     Args:
-        path: CSV that ``run_curves`` wrote.
+        path: CSV that ``run_curves`` wrote. Models with fewer seeds than the first one are left out, and so is the lowest
+            tenth of the values, which the first epochs have.
         pictures: Folder.
 
     Returns:
@@ -157,18 +158,22 @@ def draw_curves(path: Path, pictures: Path) -> list[Path]:
     pictures.mkdir(parents=True, exist_ok=True)
     files = []
     for data, rows in _read(path).groupby("data", sort=False):
+        seeds = rows.groupby("model", sort=False)["seed"].nunique()
+        shown = rows[rows["model"].isin(seeds.index[seeds >= seeds.iloc[0]])]
         figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 5), layout="constrained")
         for axis, metric in zip(axes, SHOWN, strict=True):
-            for i, (model, runs) in enumerate(rows.groupby("model", sort=False)):
+            for i, (model, runs) in enumerate(shown.groupby("model", sort=False)):
                 colour = plt.get_cmap("tab10")(i % 10)
                 for _, run in runs.groupby("seed"):
-                    axis.plot(run["fit_minutes"], 100 * run[metric], color=colour, alpha=0.25, linewidth=0.8)
+                    axis.plot(run["fit_minutes"], 100 * run[metric], color=colour, alpha=0.3, linewidth=0.8)
                 curve = runs.groupby("epoch")[["fit_minutes", metric]].mean()
-                axis.plot(curve["fit_minutes"], 100 * curve[metric], color=colour, label=model)
+                axis.plot(curve["fit_minutes"], 100 * curve[metric], ".-", color=colour, label=model)
+            axis.set_ylim(bottom=100 * shown[metric].quantile(0.1) - 0.1)
             axis.set_xlabel("CPU minutes of training")
             axis.set_ylabel(f"{metric.replace('_', ' ')} in %")
-        axes[0].legend(fontsize=8)
-        figure.suptitle(f"{data}, {rows['image_size'].iloc[0]} px: mean of {rows['seed'].nunique()} seeds (thin: each)")
+            axis.grid(alpha=0.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        figure.suptitle(f"{data}, {rows['image_size'].iloc[0]} px: mean of {seeds.iloc[0]} seeds (thin: each)")
         files.append(pictures / f"curves_{data.replace('/', '_')}.png")
         figure.savefig(files[-1], dpi=110)
         plt.close(figure)
