@@ -145,7 +145,7 @@ def draw_curves(path: Path, pictures: Path) -> list[Path]:
     """Draw image AUROC and AUPRO over the CPU minutes, a picture for each data set: mean of the seeds, thin lines each.
 
     Args:
-        path: CSV that ``run_curves`` wrote. Models with fewer seeds than the first one are left out, and so is the lowest
+        path: CSV that ``run_curves`` wrote. Models with fewer seeds than the first are left out, and so is the lowest
             tenth of the values, which the first epochs have.
         pictures: Folder.
 
