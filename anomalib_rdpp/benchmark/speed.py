@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogLocator
 
 from .accuracy import PROTOCOLS
 from .latency import COLUMNS, KEY, PRECISIONS
@@ -152,12 +153,17 @@ def _bubbles(rows: pd.DataFrame, results: pd.DataFrame, path: Path) -> bool:
     best = best.assign(auroc=names.map(auroc)).dropna(subset="auroc")
     if best.empty:
         return False
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.5, 6), layout="constrained")
     for i, row in enumerate(best.itertuples()):
-        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=plt.get_cmap("tab10")(i % 10))
-        axis.annotate(f"{row.model}\n{row.precision}, {row.peak_mib:.0f} MiB", (row.median_ms, row.auroc), fontsize=8)
-    axis.set_xscale("log")
-    axis.margins(0.25)
+        colour = plt.get_cmap("tab10")(i % 10)
+        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=colour)
+        label = f"{row.model}: {row.precision}, {row.median_ms:.0f} ms, {row.peak_mib:.0f} MiB"
+        axis.scatter([], [], s=40, alpha=0.6, color=colour, label=label)
+    axis.set_xscale("log", subs=[])
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.margins(0.2)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axis.set_xlabel("milliseconds per image, best precision")
     axis.set_ylabel("image AUROC in %, last epoch, mean of seeds")
     first = best.iloc[0]
