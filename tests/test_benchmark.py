@@ -375,8 +375,13 @@ def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_
     ):
         row = {"data": data, "image_size": size, "model": model, "image_AUROC": auroc}
         append_row(tmp_path / "rows.csv", COLUMNS, {**facts, **row})
-    drawn, titles = [], []
-    monkeypatch.setattr(Axes, "annotate", lambda _, text, place, **__: drawn.append((text.split("\n")[0], place[1])))
+    drawn, titles, scatter = [], [], Axes.scatter
+
+    def record(axis, x, y, label, **options):
+        drawn.append((label.split(": ")[0], y))
+        return scatter(axis, x, y, label=label, **options)
+
+    monkeypatch.setattr(Axes, "scatter", record)
     monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text.splitlines()[0]))
     monkeypatch.setattr(speed, "_bars", lambda *_: tmp_path / "bars.png")
     pictures = speed.draw_latency(tmp_path / "latency.csv", tmp_path, tmp_path / "rows.csv")

@@ -155,15 +155,15 @@ def _bubbles(rows: pd.DataFrame, results: pd.DataFrame, path: Path) -> bool:
         return False
     figure, axis = plt.subplots(figsize=(7.5, 6), layout="constrained")
     for i, row in enumerate(best.itertuples()):
-        colour = plt.get_cmap("tab10")(i % 10)
-        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=colour)
         label = f"{row.model}: {row.precision}, {row.median_ms:.0f} ms, {row.peak_mib:.0f} MiB"
-        axis.scatter([], [], s=40, alpha=0.6, color=colour, label=label)
+        colour = plt.get_cmap("tab10")(i % 10)
+        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=colour, label=label)
     axis.set_xscale("log", subs=[])
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.margins(0.2)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    for handle in figure.legend(loc="outside lower center", ncols=2, fontsize=8).legend_handles:
+        handle.set_sizes([40])
     axis.set_xlabel("milliseconds per image, best precision")
     axis.set_ylabel("image AUROC in %, last epoch, mean of seeds")
     first = best.iloc[0]
