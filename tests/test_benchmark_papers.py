@@ -18,7 +18,7 @@ from anomalib_rdpp.benchmark.ranking import draw_accuracy, published_table, rank
 from anomalib_rdpp.benchmark.rows import append_row, read_rows
 
 GRIDS = sorted((Path(__file__).parents[1] / "configs/benchmark").glob("**/*.yaml"))
-GRIDS = [path for path in GRIDS if path.stem != "latency" and path.parent.name != "models"]
+GRIDS = [path for path in GRIDS if not path.stem.startswith("latency") and path.parent.name != "models"]
 PAPERS = sorted((Path(__file__).parents[1] / "configs/benchmark/papers").glob("*.yaml"))
 # Per data set: folders of training images, normal and abnormal test images, masks.
 LAYOUTS = {
