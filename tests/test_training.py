@@ -319,7 +319,7 @@ def test_threshold_of_a_single_normal_image_and_of_none_while_the_trainer_checks
 
 def test_images_without_labels_have_no_distance(model_class):
     batch = ImageBatch(image=torch.rand(2, 3, 64, 64), anomaly_map=torch.rand(2, 1, 64, 64))
-    build(model_class).on_validation_batch_end(batch)  # would fail to log outside of a trainer
+    build(model_class).on_validation_batch_end(batch)  # has no labels to pick the normal ones by
 
 
 # -- memory

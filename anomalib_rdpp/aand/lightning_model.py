@@ -121,14 +121,11 @@ class AAND(DistillationMixin, AnomalibModule):
 
     def configure_optimizers(self) -> tuple[list[Adam], list[LambdaLR]]:
         """Give amplifier and student a group each, with learning rates that fall within their stage."""
-        optimizer = Adam(
-            [
-                {"params": self.model.amplifiers.parameters(), "lr": self.hparams.amplifier_lr},
-                {"params": self.model.student.parameters(), "lr": self.hparams.student_lr},
-            ],
-            betas=(0.5, 0.999),
-            fused=self.device.type == "cpu",  # as in RDPP
-        )
+        groups = [
+            {"params": self.model.amplifiers.parameters(), "lr": self.hparams.amplifier_lr},
+            {"params": self.model.student.parameters(), "lr": self.hparams.student_lr},
+        ]
+        optimizer = self.build_optimizer(groups)
         epochs = count_epochs(self.trainer)
         self.amplifier_epochs = split_epochs(epochs, self.hparams.amplifier_share)
         if self.resumed_amplifier_epochs not in (None, self.amplifier_epochs):

@@ -20,7 +20,16 @@ from anomalib.models import AnomalibModule
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 
-from .grid import build_datamodule, build_model, epochs_of, read_grid, row_names, run_folder, sets_to_test
+from .grid import (
+    build_datamodule,
+    build_model,
+    epochs_of,
+    read_grid,
+    row_names,
+    run_folder,
+    sets_to_test,
+    trainer_options,
+)
 from .probe import peak_mib, reset_peak
 from .rows import append_row, commit, read_rows
 
@@ -100,7 +109,7 @@ def _train_and_test(
     datamodule = build_datamodule(grid, data)
     module = build_model(grid, model, has_masks=datamodule.task == "segmentation")
     every_epoch = _EveryEpoch()
-    options = {"limit_val_batches": 0, **grid.get("trainer", {}), **grid["models"][model].get("trainer", {})}
+    options = {"limit_val_batches": 0, **trainer_options(grid, model)}
     if best_on_test:
         if len(row_names(grid, data)) > 1:
             msg = "Joined categories have no single best epoch on test images: leave --best-on-test away."

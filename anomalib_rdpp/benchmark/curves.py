@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import instantiate_class
 
 from .accuracy import METRICS, runs_of
-from .grid import build_datamodule, build_model, epochs_of, read_grid
+from .grid import build_datamodule, build_model, epochs_of, read_grid, trainer_options
 from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -
             ModelCheckpoint(folder, save_top_k=0),
             *(instantiate_class((), callback) for callback in grid["models"][model].get("callbacks", ())),
         ],
-        **{**grid.get("trainer", {}), **grid["models"][model].get("trainer", {})},
+        **trainer_options(grid, model),
     )
     engine.fit(module, datamodule=datamodule)
 
@@ -128,7 +128,7 @@ def curves_table(path: Path) -> str:
     ]
     for (data, _), rows in _read(path).groupby(["data", "image_size"], sort=False):
         ends: dict[str, float] = {}
-        for model, runs in rows.groupby("model", sort=False):
+        for (model, _), runs in rows.groupby(["model", "batch_size"], sort=False):
             common = runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()
             curve = runs[common].groupby("epoch")[["fit_minutes", *SHOWN]].mean()
             last = curve.iloc[-1]
@@ -162,7 +162,7 @@ def draw_curves(path: Path, pictures: Path) -> list[Path]:
         shown = rows[rows["model"].isin(seeds.index[seeds >= seeds.iloc[0]])]
         figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 5), layout="constrained")
         for axis, metric in zip(axes, SHOWN, strict=True):
-            for i, (model, runs) in enumerate(shown.groupby("model", sort=False)):
+            for i, ((model, _), runs) in enumerate(shown.groupby(["model", "batch_size"], sort=False)):
                 colour = plt.get_cmap("tab10")(i % 10)
                 for _, run in runs.groupby("seed"):
                     axis.plot(run["fit_minutes"], 100 * run[metric], color=colour, alpha=0.3, linewidth=0.8)

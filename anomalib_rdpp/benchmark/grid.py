@@ -27,10 +27,7 @@ def read_grid(config: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a key is missing, or neither a model nor its data say for how many epochs.
     """
-    grid = yaml.safe_load(config.read_text()) or {}
-    if missing := {"seeds", "image_size", "batch_size", "models", "data"} - set(grid):
-        msg = f"'{config}' is no grid of the accuracy benchmark: it has no {', '.join(sorted(missing))}."
-        raise ValueError(msg)
+    grid = read_keys(config, {"seeds", "image_size", "batch_size", "models", "data"}, "accuracy")
     if isinstance(grid["models"], str):
         grid["models"] = yaml.safe_load((config.parent / grid["models"]).read_text())
     grid["data"] = {name: entry for data, part in grid["data"].items() for name, entry in _entries(data, part)}
@@ -39,6 +36,19 @@ def read_grid(config: Path) -> dict[str, Any]:
             if "epochs" not in {**part, **own}:
                 msg = f"'{config}' gives no epochs for {model} on {data}: write them at either."
                 raise ValueError(msg)
+    return grid
+
+
+def read_keys(config: Path, needed: set[str], benchmark: str) -> dict[str, Any]:
+    """Read a YAML file.
+
+    Raises:
+        ValueError: If one of the needed keys is missing; names the benchmark that needs it.
+    """
+    grid = yaml.safe_load(config.read_text()) or {}
+    if missing := needed - set(grid):
+        msg = f"'{config}' is no grid of the {benchmark} benchmark: it has no {', '.join(sorted(missing))}."
+        raise ValueError(msg)
     return grid
 
 
@@ -75,6 +85,11 @@ def models_on_data(grids: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[
 def epochs_of(grid: dict[str, Any], data: str, model: str) -> int:
     """Epochs of the model where it names its own, else of the data."""
     return {**grid["data"][data], **grid["models"][model]}["epochs"]
+
+
+def trainer_options(grid: dict[str, Any], model: str) -> dict[str, Any]:
+    """Options of Lightning's Trainer: the model's own, then the grid's."""
+    return {**grid.get("trainer", {}), **grid["models"][model].get("trainer", {})}
 
 
 def run_folder(grid: dict[str, Any], data: str, model: str, seed: int, results: Path) -> Path:

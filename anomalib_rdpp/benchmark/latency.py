@@ -25,7 +25,6 @@ import numpy as np
 import openvino as ov
 import torch
 import torchvision
-import yaml
 from anomalib.models import AnomalibModule, Cfa, Patchcore
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from anomalib_rdpp.export import SafeExportMixin, int8_options
 
+from .grid import read_keys
 from .probe import load_runner
 from .rows import append_row, commit
 
@@ -76,10 +76,7 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
     Raises:
         ValueError: If a key is missing, a precision is unknown, or a checkpoint would stand for several backbones.
     """
-    grid = yaml.safe_load(config.read_text()) or {}
-    if missing := {"models", "backbones", "precisions", "threads", "image_size", "rounds"} - set(grid):
-        msg = f"'{config}' is no grid of the latency benchmark: it has no {', '.join(sorted(missing))}."
-        raise ValueError(msg)
+    grid = read_keys(config, {"models", "backbones", "precisions", "threads", "image_size", "rounds"}, "latency")
     if unknown := set(grid["precisions"]) - set(PRECISIONS):
         msg = f"Unknown precision {sorted(unknown)}; choose of {', '.join(PRECISIONS)}."
         raise ValueError(msg)

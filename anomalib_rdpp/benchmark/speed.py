@@ -75,18 +75,16 @@ def draw_latency(path: Path, folder: Path, accuracy: Path | None = None) -> list
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
+    tested = [] if accuracy is None else _tested(accuracy)
     for (backbone, threads, size), rows in _measured(path).groupby(["backbone", "threads", "image_size"], sort=False):
         stem = f"{backbone}_{size}px_{threads}threads"
         pictures.append(
             _bars(rows, f"{backbone}, {size} px, batch 1, {threads} threads", folder / f"latency_{stem}.png")
         )
-        if accuracy is not None:
-            results = read_frame(accuracy)
-            results = results[(results["error"] == "") & (results["protocol"] == PROTOCOLS[0])]
-            for data, own in results[results["image_size"] == size].groupby("data", sort=False):
-                path = folder / f"accuracy_latency_{stem}_{data.replace('/', '_')}.png"
-                if _bubbles(rows, own, path):
-                    pictures.append(path)
+        for (data, tested_size), results in tested:
+            picture = folder / f"accuracy_latency_{stem}_{data.replace('/', '_')}.png"
+            if tested_size == size and _bubbles(rows, results, picture):
+                pictures.append(picture)
     return pictures
 
 
@@ -99,6 +97,13 @@ def _read(path: Path) -> pd.DataFrame:
     rows = rows[rows["threads"] != ""].drop_duplicates(list(KEY), keep="last")
     rows[list(NUMBERS)] = rows[list(NUMBERS)].apply(pd.to_numeric)
     return rows
+
+
+def _tested(accuracy: Path) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """Read the rows of last epochs, by data set and image size."""
+    rows = read_frame(accuracy)
+    rows = rows[(rows["error"] == "") & (rows["protocol"] == PROTOCOLS[0])]
+    return list(rows.groupby(["data", "image_size"], sort=False))
 
 
 def _measured(path: Path) -> pd.DataFrame:

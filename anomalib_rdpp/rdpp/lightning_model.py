@@ -114,8 +114,7 @@ class RDPP(DistillationMixin, AnomalibModule):
             {"params": list(self.model.projections.parameters()), "lr": self.hparams.projection_lr},
             {"params": list(self.model.student.parameters()), "lr": self.hparams.student_lr},
         ]
-        is_on_cpu = self.device.type == "cpu"  # five times as fast there; on a GPU no clipping under AMP
-        return Adam([group for group in groups if group["params"]], betas=(0.5, 0.999), fused=is_on_cpu)
+        return self.build_optimizer([group for group in groups if group["params"]])
 
     def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images; every term is logged by name."""
