@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
-from anomalib_rdpp.export import calibration_images, map_operations, quantize
+from anomalib_rdpp.export import calibration_images, make_upsampling_pointwise, map_operations, quantize
 
 SIZE = (64, 96)
 
@@ -74,7 +74,7 @@ def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
     path = model.to_openvino(tmp_path, input_size=SIZE, ov_kwargs={"input": [1, 3, *SIZE]})
     network = ov.Core().read_model(path)
     assert list(network.input(0).shape) == [1, 3, *SIZE], "a fixed batch is an option of OpenVINO's converter"
-    quantized = quantize(network.clone(), tiny_data, preset=nncf.QuantizationPreset.PERFORMANCE)
+    quantized = quantize(network, tiny_data, preset=nncf.QuantizationPreset.PERFORMANCE)
     operations = [operation.get_type_name() for operation in quantized.get_ops()]
     assert "FakeQuantize" in operations
     in_float = map_operations(network)
@@ -88,3 +88,19 @@ def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
     image = resize(next(iter(calibration_images(tiny_data))).image, SIZE).numpy()
     exact, close = (ov.compile_model(each, "CPU")(image)["anomaly_map"] for each in (network, quantized))
     assert np.abs(exact - close).max() < 0.1 * exact.max()
+
+
+def test_pointwise_upsampling_gives_the_same_map(model, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for norm in model.model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):  # as after training: no bias is 0
+            torch.nn.init.normal_(norm.bias, std=0.1, generator=generator)
+    network = ov.Core().read_model(model.to_openvino(tmp_path, input_size=SIZE))
+    pointwise = make_upsampling_pointwise(network.clone())
+    kinds = [[operation.get_type_name() for operation in each.get_ops()] for each in (network, pointwise)]
+    assert kinds[0].count("ConvolutionBackpropData") == kinds[1].count("DepthToSpace") == 6
+    assert "ConvolutionBackpropData" not in kinds[1]
+    assert kinds[0].count("Relu") == kinds[1].count("Relu"), "the old ReLUs are gone, not doubled"
+    image = torch.rand(2, 3, *SIZE, generator=generator).numpy()
+    exact, same = (ov.compile_model(each, "CPU")(image)["anomaly_map"] for each in (network, pointwise))
+    np.testing.assert_allclose(same, exact, atol=1e-5 * np.ptp(exact))

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.feature_extraction import create_feature_extractor
 from tqdm import tqdm
 
-from anomalib_rdpp.export import SafeExportMixin, int8_options
+from anomalib_rdpp.export import SafeExportMixin, quantize_all_but_map
 
 from .grid import read_keys
 from .probe import load_runner
@@ -204,7 +204,7 @@ def _random_extractor(backbone: str, return_nodes: list[str]) -> torch.nn.Module
 def _export(module: AnomalibModule, place: Path, size: int) -> None:
     """Export as the host does, but for all precisions from one conversion.
 
-    INT8 is calibrated on one random image and without bias correction, which changes values but no operation.
+    INT8 is calibrated on one random image, others' without bias correction: values change by that, no operation does.
     """
     module.to_torch(place)
     core = ov.Core()
@@ -212,13 +212,11 @@ def _export(module: AnomalibModule, place: Path, size: int) -> None:
     network = core.read_model(module.to_openvino(place, input_size=(size, size), onnx_kwargs=fixed))
     ov.save_model(network, place / FILES["fp16"], compress_to_fp16=True)
     images = nncf.Dataset([torch.rand(1, 3, size, size)])
-    fast = {"disable_bias_correction": True}
-    options = (
-        int8_options(network, **fast)
-        if isinstance(module, SafeExportMixin)
-        else {"advanced_parameters": nncf.AdvancedQuantizationParameters(**fast)}
-    )
-    quantized = nncf.quantize(network, images, subset_size=1, **options)
+    if isinstance(module, SafeExportMixin):
+        quantized = quantize_all_but_map(network, images, subset_size=1)
+    else:
+        fast = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
+        quantized = nncf.quantize(network, images, subset_size=1, advanced_parameters=fast)
     ov.save_model(quantized, place / FILES["int8"], compress_to_fp16=False)
 
 

@@ -151,7 +151,7 @@ def _answers(
         return openvino(core.read_model(folder / "fp16.xml"))
 
     def quantized(options: dict[str, Any]) -> Answer:
-        return openvino(quantize(fp32().clone(), datamodule, **options))
+        return openvino(quantize(fp32(), datamodule, **options))
 
     return {
         "torch": lambda: pytorch,
