@@ -159,16 +159,19 @@ def make_upsampling_pointwise(model: "Model") -> "Model":
         if transposed.get_type_name() != "ConvolutionBackpropData":
             continue
         features, weight = (transposed.input_value(port) for port in (0, 1))
-        channels, _, *sides = weight.get_shape()
-        overlaps = transposed.get_attributes()["strides"] != sides
-        if overlaps or len(set(sides)) > 1 or weight.get_node().get_type_name() != "Constant":
+        channels, out_channels, *sides = weight.get_shape()
+        attributes = transposed.get_attributes()
+        tiles = attributes["strides"] == sides and attributes["dilations"] == [1, 1]
+        padded = any(attributes["pads_begin"] + attributes["pads_end"] + attributes["output_padding"])
+        if not tiles or padded or len(set(sides)) > 1 or weight.get_node().get_type_name() != "Constant":
             continue
         rows = weight.get_node().data.transpose(1, 2, 3, 0).reshape(-1, channels, 1, 1)
         pointwise, last = ops.convolution(features, rows, [1, 1], [0, 0], [0, 0], [1, 1]), transposed
         while len(readers := last.output(0).get_target_inputs()) == 1:
             reader = next(iter(readers)).get_node()
             sources = [value.get_node() for value in reader.input_values()]
-            biases = [each.data for each in sources if each.get_type_name() == "Constant" and each.data.ndim == 4]
+            constants = [each.data for each in sources if each.get_type_name() == "Constant"]
+            biases = [each for each in constants if each.shape == (1, out_channels, 1, 1)]
             if reader.get_type_name() == "Relu":
                 pointwise = ops.relu(pointwise)
             elif reader.get_type_name() == "Add" and biases:

@@ -6,6 +6,7 @@ import openvino as ov
 import pytest
 import torch
 from anomalib.deploy import CompressionType
+from openvino import opset13 as ops
 from torchvision.transforms.v2 import RandomHorizontalFlip
 from torchvision.transforms.v2.functional import resize
 
@@ -104,3 +105,28 @@ def test_pointwise_upsampling_gives_the_same_map(model, tmp_path):
     image = torch.rand(2, 3, *SIZE, generator=generator).numpy()
     exact, same = (ov.compile_model(each, "CPU")(image)["anomaly_map"] for each in (network, pointwise))
     np.testing.assert_allclose(same, exact, atol=1e-5 * np.ptp(exact))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options", "bias", "turned"),
+    [
+        ((2, 2), {}, (1, 6, 1, 1), True),
+        ((3, 3), {"strides": [3, 3]}, (1, 6, 1, 1), True),
+        ((2, 2), {}, (1, 1, 1, 1), True),
+        ((2, 2), {}, (1, 6, 10, 12), True),
+        ((4, 4), {"pads_begin": [1, 1], "pads_end": [1, 1]}, (1, 6, 1, 1), False),
+        ((2, 2), {"pads_begin": [1, 0], "pads_end": [0, 1]}, (1, 6, 1, 1), False),
+        ((2, 2), {"dilations": [2, 2]}, (1, 6, 1, 1), False),
+    ],
+)
+def test_other_transposed_convolutions_keep_their_answer(kernel, options, bias, turned):
+    generator = np.random.default_rng(0)
+    weights, features = (generator.random(shape, dtype=np.float32) for shape in ((4, 6, *kernel), (1, 4, 5, 6)))
+    given = ops.parameter(features.shape, np.float32)
+    upsampled = ops.convolution_backprop_data(given, weights, **({"strides": [2, 2]} | options))
+    biased = ops.relu(ops.add(upsampled, generator.random(bias, dtype=np.float32) - 2))
+    model = ov.Model([biased], [given])
+    exact = ov.compile_model(model, "CPU")(features)[0]
+    make_upsampling_pointwise(model)
+    assert turned == ("DepthToSpace" in [operation.get_type_name() for operation in model.get_ops()])
+    np.testing.assert_allclose(ov.compile_model(model, "CPU")(features)[0], exact, atol=1e-5)

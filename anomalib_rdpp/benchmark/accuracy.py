@@ -5,6 +5,7 @@ test data. A row that is in the CSV is not run again; a run that fails becomes a
 tries it again. ``best_on_test`` does what the published programs do, and its rows say so.
 """
 
+import gc
 import logging
 import platform
 import time
@@ -140,7 +141,8 @@ def _train_and_test(
 
 
 def _reset_peaks() -> None:
-    """Count the peaks of memory from now on."""
+    """Free what earlier runs left and count the peaks of memory from now on."""
+    gc.collect()  # a trainer and its model hold each other
     reset_peak()
     if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
