@@ -54,7 +54,7 @@ class AnomalyMapGenerator(nn.Module):
         """
         with torch.autocast(teacher[0].device.type, enabled=False):
             anomaly_map = sum(
-                self._enlarge(1 - _cosine(t.float(), s.float()), image_size)
+                self._enlarge(_distance(t.float(), s.float()), image_size)
                 for t, s in zip(teacher, student, strict=True)
             )
         return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map.unsqueeze(1))
@@ -65,13 +65,20 @@ class AnomalyMapGenerator(nn.Module):
             torch.from_numpy(enlarging_matrix(small, large, self.sigma)).to(distance.device)
             for small, large in zip(distance.shape[-2:], image_size, strict=True)
         )
-        # Constants stay on the right, where OpenVINO takes them for weights.
-        return ((distance @ columns.T).transpose(1, 2) @ rows.T).transpose(1, 2)
+        return rows @ (distance @ columns.T)
 
 
-def _cosine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Cosine along channels, ``(B, H, W)``. Torch's own divides both features first, twice the memory traffic."""
-    return (x * y).sum(dim=1) / (x.norm(dim=1) * y.norm(dim=1)).clamp_min(torch.finfo(x.dtype).tiny)
+def _distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """1 - cosine along channels, ``(B, H, W)``; 1 where a feature is 0.
+
+    As half the squared distance of the features at unit length, which is the same, but keeps its digits near 0 in half
+    precision: OpenVINO takes bfloat16 by itself where the CPU has it.
+    """
+    norms = [feature.norm(dim=1, keepdim=True) for feature in (x, y)]
+    tiny = torch.finfo(x.dtype).tiny
+    difference = x / norms[0].clamp_min(tiny) - y / norms[1].clamp_min(tiny)
+    missing = sum((norm == 0).to(x.dtype) for norm in norms).squeeze(1)  # a zero vector has no unit length
+    return (difference.norm(dim=1).square() + missing) / 2
 
 
 @lru_cache

@@ -165,7 +165,7 @@ def make_upsampling_pointwise(model: "Model") -> "Model":
         padded = any(attributes["pads_begin"] + attributes["pads_end"] + attributes["output_padding"])
         if not tiles or padded or len(set(sides)) > 1 or weight.get_node().get_type_name() != "Constant":
             continue
-        rows = weight.get_node().data.transpose(1, 2, 3, 0).reshape(-1, channels, 1, 1)
+        rows = weight.get_node().data.transpose(2, 3, 1, 0).reshape(-1, channels, 1, 1)
         pointwise, last = ops.convolution(features, rows, [1, 1], [0, 0], [0, 0], [1, 1]), transposed
         while len(readers := last.output(0).get_target_inputs()) == 1:
             reader = next(iter(readers)).get_node()
@@ -175,11 +175,11 @@ def make_upsampling_pointwise(model: "Model") -> "Model":
             if reader.get_type_name() == "Relu":
                 pointwise = ops.relu(pointwise)
             elif reader.get_type_name() == "Add" and biases:
-                pointwise = ops.add(pointwise, np.repeat(biases[0], sides[0] ** 2, axis=1))
+                pointwise = ops.add(pointwise, np.tile(biases[0], (1, sides[0] ** 2, 1, 1)))
             else:
                 break
             last = reader
-        shuffled = ops.depth_to_space(pointwise, "depth_first", sides[0])
+        shuffled = ops.depth_to_space(pointwise, "blocks_first", sides[0])  # whole vectors of channels, as they lie
         for reader in last.output(0).get_target_inputs():
             reader.replace_source_output(shuffled.output(0))
     return model
