@@ -8,6 +8,7 @@ from mmap import mmap
 from pathlib import Path
 from unittest import mock
 
+import openvino
 import pytest
 import yaml
 
@@ -289,20 +290,24 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
         "broken": {"class_path": "anomalib.models.Nothing"},
         "lost": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": str(tmp_path / "none.ckpt")},
     }
-    grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": ["torch", "fp32"], "backbones": ["resnet18"]}
+    precisions = ["torch", "fp32", "bf16"]
+    grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": precisions, "backbones": ["resnet18"]}
+    left = precisions[: 3 if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else 2]
     config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
     config.write_text(yaml.safe_dump({**grid, "models": models}))
     run_latency(config, output)
     rows = read_rows(output, LATENCY)
-    assert [row["model"] for row in rows if row["error"]] == ["broken", "broken", "lost", "lost"]
+    assert [(row["model"], row["precision"]) for row in rows if row["error"]] == [
+        (model, precision) for model in ("broken", "lost") for precision in left
+    ]
     measured = {(row["model"], row["precision"]): row for row in rows if not row["error"]}
-    assert len(measured) == 6
+    assert len(measured) == 3 * len(left)
     assert all(float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0 for row in measured.values())
     assert measured["PatchCore", "fp32"]["bank"] == "20 x 384"
     assert measured["CFA", "fp32"]["bank"].startswith("256 x")
     table = latency_table(output)
     assert "| RD++ |" in table
-    assert "| broken | - | failed | failed | - |" in table
+    assert f"| broken | - | {' | '.join(['failed'] * len(left))} | - |" in table
     assert all(path.is_file() for path in draw_latency(output, tmp_path / "pictures"))
 
     from anomalib_rdpp.benchmark.layers import layer_table
@@ -313,12 +318,34 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     assert all(line.rstrip(" |")[-1].isdigit() for line in table.splitlines() if line.startswith("| Convolution |"))
 
     candidates = [
-        latency.Candidate({**measured["RD++", "fp32"], "model": model}, path)
+        latency.Candidate({**measured["RD++", "fp32"], "model": model}, path, "f32")
         for model, path in (("unreadable", config), ("RD++", exported))
     ]
     monkeypatch.setattr(latency, "_probe", lambda *_: {})
     latency._measure(candidates, 1, 64, 1, 60.0, tmp_path / "more.csv")
     assert [bool(row["error"]) for row in read_rows(tmp_path / "more.csv", LATENCY)] == [True, False]
+
+
+def test_ratios_are_told_without_and_with_bfloat16(tmp_path):
+    from anomalib_rdpp.benchmark import latency
+    from anomalib_rdpp.benchmark.speed import latency_table
+
+    fixed = {"backbone": "resnet18", "threads": 2, "image_size": 256, "rounds": 3, "gmac": 1}
+    for model, precision, median in (
+        ("RD++", "fp32", 4),
+        ("RD++", "int8", 2),
+        ("RD++", "int8, bf16", 1),
+        ("PatchCore", "fp32", 9),
+        ("PatchCore", "bf16", 5),
+    ):
+        times = dict.fromkeys(("median_ms", "p10_ms", "p90_ms"), median)
+        facts = {"file_mib": 7 if precision == "int8" else 0, "first_result_ms": 8, "peak_mib": 9}
+        row = {"model": model, "precision": precision, **fixed, **times, **facts}
+        append_row(tmp_path / "rows.csv", latency.COLUMNS, row)
+    table = latency_table(tmp_path / "rows.csv").splitlines()[2:]
+    assert table[0].endswith("| x RD++ int8 | with bf16 |")
+    assert table[2].endswith("| 8 | 9 | 7 | 1.0 | 0.5 |"), "first result, memory and file are those of int8"
+    assert table[3].endswith("| 4.5 | 2.5 |")
 
 
 def test_grid_that_latency_cannot_take_is_refused(tmp_path):

@@ -38,13 +38,14 @@ from .rows import append_row, commit
 
 logger = logging.getLogger(__name__)
 
-FILES = {
-    "torch": "weights/torch/model.pt",
-    "fp32": "weights/openvino/model.xml",
-    "fp16": "weights/openvino/fp16.xml",
-    "int8": "weights/openvino/int8.xml",
+PRECISIONS = {  # file, and what OpenVINO computes in where it isn't in 8 bits
+    "torch": ("weights/torch/model.pt", "f32"),
+    "fp32": ("weights/openvino/model.xml", "f32"),
+    "fp16": ("weights/openvino/fp16.xml", "f32"),
+    "bf16": ("weights/openvino/model.xml", "bf16"),
+    "int8": ("weights/openvino/int8.xml", "f32"),
+    "int8, bf16": ("weights/openvino/int8.xml", "bf16"),
 }
-PRECISIONS = tuple(FILES)
 KEY = ("model", "backbone", "precision", "threads", "image_size")
 COLUMNS = (
     *KEY,
@@ -61,6 +62,7 @@ class Candidate(NamedTuple):
 
     row: dict[str, Any]  # what is known without running it
     path: Path  # of the exported model
+    arithmetic: str  # f32 or bf16
 
 
 def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
@@ -69,7 +71,8 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
     Args:
         config: YAML with ``models`` (a mapping from a name to ``class_path``, ``init_args``, and, if wanted, ``bank``,
             the entries of PatchCore's memory bank, or ``ckpt_path``), ``backbones``, ``precisions``, ``threads``,
-            ``image_size`` and ``rounds``. A model that fails becomes rows with its error.
+            ``image_size`` and ``rounds``. A model that fails becomes rows with its error; precisions in bfloat16 are
+            left out where the CPU has none.
         output: CSV file, appended to; exported models are kept beside it, so that a second run need not wait for them.
         minutes: Bound on the rounds of all; each backbone and number of threads gets its share.
 
@@ -86,6 +89,10 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
             f"{', '.join(grid['backbones'])}: write models with `ckpt_path` in a grid of one backbone."
         )
         raise ValueError(msg)
+    has_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if not has_bf16 and (left_out := [each for each in grid["precisions"] if PRECISIONS[each][1] == "bf16"]):
+        logger.warning("this CPU has no bfloat16: without %s", " and ".join(left_out))
+        grid["precisions"] = [each for each in grid["precisions"] if each not in left_out]
     seconds = 60 * minutes / (len(grid["backbones"]) * len(grid["threads"]))
     for backbone in grid["backbones"]:
         candidates = export_all(grid, backbone, output.parent / "latency_models", output)
@@ -108,7 +115,9 @@ def export_all(grid: dict[str, Any], backbone: str, folder: Path, output: Path) 
                 _export(module, place, size)
                 facts.write_text(json.dumps(known))  # last: what comes before is whole
             row |= json.loads(facts.read_text())
-            candidates += [Candidate({**row, "precision": p}, place / FILES[p]) for p in grid["precisions"]]
+            for precision in grid["precisions"]:
+                file, arithmetic = PRECISIONS[precision]
+                candidates.append(Candidate({**row, "precision": precision}, place / file, arithmetic))
         except Exception as error:
             logger.exception("%s failed", name)
             failed = {**row, "error": f"{type(error).__name__}: {error}"}
@@ -127,13 +136,13 @@ def _measure(
 ) -> None:
     """Let the candidates that run take turns, then write a row each, with the rounds that there were."""
     torch.set_num_threads(threads)
-    probes = [_probe(candidate.path, threads, size) for candidate in tqdm(candidates, desc="first result")]
+    probes = [_probe(candidate, threads, size) for candidate in tqdm(candidates, desc="first result")]
     image = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
     rows, runners = [], []
     for candidate, probe in zip(candidates, probes, strict=True):
         row = {**candidate.row, "threads": threads}
         try:
-            runner = load_runner(candidate.path, threads, size)
+            runner = load_runner(candidate.path, threads, size, candidate.arithmetic)
             runner(image)  # warm-up
         except Exception as error:
             logger.exception("%s in %s failed", row["model"], row["precision"])
@@ -164,9 +173,11 @@ def _time(runner: Callable[[np.ndarray], object], image: np.ndarray) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _probe(path: Path, threads: int, size: int) -> dict[str, float]:
+def _probe(candidate: Candidate, threads: int, size: int) -> dict[str, float]:
     """Time to the first result from the loading on, and peak memory, in a process that does only this."""
-    command = [sys.executable, str(Path(__file__).with_name("probe.py")), str(path), str(threads), str(size)]
+    path = candidate.path
+    arguments = [path, threads, size, candidate.arithmetic]
+    command = [sys.executable, str(Path(__file__).with_name("probe.py")), *map(str, arguments)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if found.returncode:
         logger.warning("no first result of %s: %s", path, found.stderr[-300:])
@@ -210,14 +221,14 @@ def _export(module: AnomalibModule, place: Path, size: int) -> None:
     core = ov.Core()
     fixed = {"dynamic_shapes": None}  # batch 1; PatchCore can be exported with a fixed batch only
     network = core.read_model(module.to_openvino(place, input_size=(size, size), onnx_kwargs=fixed))
-    ov.save_model(network, place / FILES["fp16"], compress_to_fp16=True)
+    ov.save_model(network, place / PRECISIONS["fp16"][0], compress_to_fp16=True)
     images = nncf.Dataset([torch.rand(1, 3, size, size)])
     if isinstance(module, SafeExportMixin):
         quantized = quantize_all_but_map(network, images, subset_size=1)
     else:
         fast = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
         quantized = nncf.quantize(network, images, subset_size=1, advanced_parameters=fast)
-    ov.save_model(quantized, place / FILES["int8"], compress_to_fp16=False)
+    ov.save_model(quantized, place / PRECISIONS["int8"][0], compress_to_fp16=False)
 
 
 def _stamp(entry: dict[str, Any]) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ INT8 = {
     "int8, mixed preset": {"preset": nncf.QuantizationPreset.MIXED},
     "int8, map too": {"ignored_scope": nncf.IgnoredScope()},
 }
-PRECISIONS = ("torch", "fp32", "fp16", *INT8)
+PRECISIONS = ("torch", "fp32", "fp16", "bf16", *INT8, "int8, bf16")
 
 
 def run_precision(
@@ -132,8 +132,11 @@ def _answers(
     def fp32() -> ov.Model:
         return core.read_model(model.to_openvino(folder, input_size=(size, size), onnx_kwargs={"dynamic_shapes": None}))
 
-    def openvino(network: ov.Model) -> Answer:
-        compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    def openvino(network: ov.Model, arithmetic: str = "f32") -> Answer:
+        if arithmetic == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            msg = "This CPU has no bfloat16."
+            raise ValueError(msg)
+        compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": arithmetic})
 
         def answer(images: torch.Tensor) -> dict[str, torch.Tensor]:
             found = compiled(images.numpy())
@@ -150,14 +153,16 @@ def _answers(
         ov.save_model(fp32(), folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
         return openvino(core.read_model(folder / "fp16.xml"))
 
-    def quantized(options: dict[str, Any]) -> Answer:
-        return openvino(quantize(fp32(), datamodule, **options))
+    def quantized(options: dict[str, Any], arithmetic: str = "f32") -> Answer:
+        return openvino(quantize(fp32(), datamodule, **options), arithmetic)
 
     return {
         "torch": lambda: pytorch,
         "fp32": lambda: openvino(fp32()),
         "fp16": half,
+        "bf16": lambda: openvino(fp32(), "bf16"),
         **{name: partial(quantized, options) for name, options in INT8.items()},
+        "int8, bf16": partial(quantized, {}, "bf16"),
     }
 
 

@@ -1,4 +1,4 @@
-"""First result and peak memory of one exported model: ``python probe.py FILE THREADS SIZE``.
+"""First result and peak memory of one exported model: ``python probe.py FILE THREADS SIZE ARITHMETIC``.
 
 Run by its path, not as a part of the package: an edge box imports OpenVINO and nothing else.
 """
@@ -14,8 +14,11 @@ from pathlib import Path
 import numpy as np
 
 
-def load_runner(path: Path, threads: int, size: int) -> Callable[[np.ndarray], object]:
-    """Load an exported model (``.xml`` or ``.pt``) as a function of an image ``(1, 3, size, size)``."""
+def load_runner(path: Path, threads: int, size: int, arithmetic: str) -> Callable[[np.ndarray], object]:
+    """Load an exported model (``.xml`` or ``.pt``) as a function of an image ``(1, 3, size, size)``.
+
+    ``arithmetic``, ``f32`` or ``bf16``, is what OpenVINO takes where there are no 8 bits; torch stays in float32.
+    """
     if path.suffix == ".pt":
         import torch  # noqa: PLC0415  an OpenVINO model does without
 
@@ -35,7 +38,7 @@ def load_runner(path: Path, threads: int, size: int) -> Callable[[np.ndarray], o
     compiled = core.compile_model(
         model,
         "CPU",
-        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"},
+        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": arithmetic},
     )
     return compiled.create_infer_request().infer
 
@@ -57,9 +60,10 @@ def peak_mib() -> int:
 
 
 if __name__ == "__main__":
-    image = np.zeros((1, 3, int(sys.argv[3]), int(sys.argv[3])), np.float32)
+    file, threads, size, arithmetic = sys.argv[1:]
+    image = np.zeros((1, 3, int(size), int(size)), np.float32)
     start = time.perf_counter()
-    load_runner(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))(image)
+    load_runner(Path(file), int(threads), int(size), arithmetic)(image)
     found = {
         "first_result_ms": round(1000 * (time.perf_counter() - start)),
         "peak_mib": peak_mib(),
