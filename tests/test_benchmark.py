@@ -234,6 +234,19 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, 
     ]
 
 
+def test_precision_of_a_host_model_that_normalises_is_that_of_its_test(grid, tmp_path):
+    from anomalib_rdpp.benchmark import precision
+
+    random = {"backbone": "resnet18", "pre_trained": False}
+    config, output = grid([0], host={"class_path": "anomalib.models.Patchcore", "init_args": random})
+    run_accuracy(config, output)
+    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch", "fp32"])
+    trained = read_rows(output, COLUMNS)[0]
+    for row in read_rows(tmp_path / "precision.csv", precision.COLUMNS):
+        for name in precision.METRICS:
+            assert float(row[name]) == pytest.approx(float(trained[name]), abs=1e-3), (row["precision"], name)
+
+
 def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
     from anomalib_rdpp.benchmark import precision
 

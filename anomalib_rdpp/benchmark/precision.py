@@ -11,9 +11,11 @@ import nncf
 import openvino as ov
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.models import AnomalibModule
 from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Compose, Resize
 from tqdm import tqdm
 
 from anomalib_rdpp.export import calibration_images, quantize
@@ -169,7 +171,8 @@ def _answers(
 def _test(model: AnomalibModule, answer: Answer, datamodule: AnomalibDataModule, label: str) -> dict[str, float]:
     """Compute the metrics over the test images, one by one."""
     dataset = datamodule.test_data.subsample(range(len(datamodule.test_data)))
-    dataset.augmentations = model.pre_processor.transform  # resizes image and mask, as the trainer does
+    # Resizes image and mask, as the trainer does; what else the pre-processor does, the exported model does itself.
+    dataset.augmentations = Compose(extract_transforms_by_type(model.pre_processor.transform, Resize))
     metrics = model.evaluator.test_metrics
     for metric in metrics:
         metric.reset()
