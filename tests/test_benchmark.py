@@ -307,8 +307,8 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": precisions, "backbones": ["resnet18"]}
     left = precisions[: 3 if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else 2]
     config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
-    config.write_text(yaml.safe_dump({**grid, "models": models}))
-    run_latency(config, output)
+    config.write_text(yaml.safe_dump({**grid, "precisions": ["int8"], "models": models}))
+    run_latency(config, output, precisions=precisions)
     rows = read_rows(output, LATENCY)
     assert [(row["model"], row["precision"]) for row in rows if row["error"]] == [
         (model, precision) for model in ("broken", "lost") for precision in left

@@ -9,6 +9,7 @@ from .accuracy import run_accuracy
 from .analyses import analyses_table, run_analyses
 from .curves import curves_table, draw_curves, run_curves
 from .gallery import draw_anomalies, draw_gallery
+from .latency import PRECISIONS as TIMED
 from .latency import run_latency
 from .layers import layer_table
 from .precision import PRECISIONS, precision_table, run_precision
@@ -84,6 +85,8 @@ def _add_times(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     latency.add_argument("config", type=Path, help="YAML grid")
     latency.add_argument("--output", type=Path, default=Path("results/latency.csv"), help="CSV; rows are appended")
     latency.add_argument("--minutes", type=float, default=30, help="bound on the rounds of all")
+    latency.add_argument("--backbones", nargs="+", help="instead of the grid's")
+    latency.add_argument("--precisions", nargs="+", help=f"instead of the grid's; of {', '.join(map(repr, TIMED))}")
     latency.set_defaults(run=_run_latency)
 
     layers = commands.add_parser("profile", help="say where OpenVINO spends the time of an exported model")
@@ -155,7 +158,7 @@ def _run_analyses(chosen: argparse.Namespace) -> list[str | Path]:
 
 
 def _run_latency(chosen: argparse.Namespace) -> list[str]:
-    run_latency(chosen.config, chosen.output, chosen.minutes)
+    run_latency(chosen.config, chosen.output, chosen.minutes, chosen.backbones, chosen.precisions)
     return []
 
 

@@ -11,7 +11,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from itertools import product
@@ -65,7 +65,13 @@ class Candidate(NamedTuple):
     arithmetic: str  # f32 or bf16
 
 
-def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
+def run_latency(
+    config: Path,
+    output: Path,
+    minutes: float = 30.0,
+    backbones: Sequence[str] | None = None,
+    precisions: Sequence[str] | None = None,
+) -> None:
     """Measure a grid and append its rows.
 
     Args:
@@ -75,11 +81,14 @@ def run_latency(config: Path, output: Path, minutes: float = 30.0) -> None:
             left out where the CPU has none.
         output: CSV file, appended to; exported models are kept beside it, so that a second run need not wait for them.
         minutes: Bound on the rounds of all; each backbone and number of threads gets its share.
+        backbones: Instead of the grid's.
+        precisions: Instead of the grid's. All models in all precisions are in memory at once.
 
     Raises:
         ValueError: If a key is missing, a precision is unknown, or a checkpoint would stand for several backbones.
     """
     grid = read_keys(config, {"models", "backbones", "precisions", "threads", "image_size", "rounds"}, "latency")
+    grid |= {"backbones": backbones or grid["backbones"], "precisions": precisions or grid["precisions"]}
     if unknown := set(grid["precisions"]) - set(PRECISIONS):
         msg = f"Unknown precision {sorted(unknown)}; choose of {', '.join(PRECISIONS)}."
         raise ValueError(msg)
