@@ -132,7 +132,12 @@ def _interval(row: pd.Series) -> str:
     """Median and spread, or that there is none."""
     if row.error:
         return "failed"
-    return f"{row.median_ms:.0f} ({row.p10_ms:.0f}-{row.p90_ms:.0f})"
+    return f"{_short(row.median_ms)} ({_short(row.p10_ms)}-{_short(row.p90_ms)})"
+
+
+def _short(milliseconds: float) -> str:
+    """Write with a decimal below 20."""
+    return f"{milliseconds:.{0 if milliseconds >= 20 else 1}f}"
 
 
 def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
@@ -148,7 +153,7 @@ def _bars(rows: pd.DataFrame, title: str, path: Path) -> Path:
         colour = plt.get_cmap("viridis")(0.85 * i / max(1, len(precisions) - 1))
         label = precision if precision == "torch" else f"OpenVINO {precision}"
         bars = axis.barh(places, own["median_ms"], height, xerr=spread, color=colour, label=label, ecolor="0.4")
-        axis.bar_label(bars, fmt="%.0f", padding=4, fontsize=7)
+        axis.bar_label(bars, fmt=_short, padding=4, fontsize=7)
     axis.set_yticks([place + 0.4 - height / 2 for place in range(len(models))], models)
     axis.invert_yaxis()
     axis.margins(x=0.08)
@@ -175,7 +180,7 @@ def _bubbles(rows: pd.DataFrame, results: pd.DataFrame, path: Path) -> bool:
         return False
     figure, axis = plt.subplots(figsize=(7.5, 6), layout="constrained")
     for i, row in enumerate(best.itertuples()):
-        label = f"{row.model}: {row.precision}, {row.median_ms:.0f} ms, {row.peak_mib:.0f} MiB"
+        label = f"{row.model}: {row.precision}, {_short(row.median_ms)} ms, {row.peak_mib:.0f} MiB"
         colour = plt.get_cmap("tab10")(i % 10)
         axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=colour, label=label)
     axis.set_xscale("log", subs=[])
