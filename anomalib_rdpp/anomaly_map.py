@@ -75,9 +75,9 @@ def _distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     precision: OpenVINO takes bfloat16 by itself where the CPU has it.
     """
     norms = [feature.norm(dim=1, keepdim=True) for feature in (x, y)]
-    tiny = torch.finfo(x.dtype).tiny
-    difference = x / norms[0].clamp_min(tiny) - y / norms[1].clamp_min(tiny)
-    missing = sum((norm == 0).to(x.dtype) for norm in norms).squeeze(1)  # a zero vector has no unit length
+    least = torch.finfo(x.dtype).tiny ** 0.5  # what is shorter counts as 0: its square is
+    difference = x / norms[0].clamp_min(least) - y / norms[1].clamp_min(least)
+    missing = sum((norm < least).to(x.dtype) for norm in norms).squeeze(1)  # a zero vector has no unit length
     return (difference.norm(dim=1).square() + missing) / 2
 
 

