@@ -14,7 +14,7 @@ import yaml
 
 from anomalib_rdpp.benchmark import accuracy
 from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
-from anomalib_rdpp.benchmark.probe import peak_mib, reset_peak
+from anomalib_rdpp.benchmark.probe import has_bfloat16, peak_mib, reset_peak
 from anomalib_rdpp.benchmark.report import accuracy_table
 from anomalib_rdpp.benchmark.rows import append_row, read_rows
 
@@ -315,7 +315,7 @@ def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_p
     }
     precisions = ["torch", "fp32", "bf16"]
     grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": precisions, "backbones": ["resnet18"]}
-    left = precisions[: 3 if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else 2]
+    left = precisions[: 3 if has_bfloat16() else 2]
     config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
     config.write_text(yaml.safe_dump({**grid, "precisions": ["int8"], "models": models}))
     run_latency(config, output, precisions=precisions)

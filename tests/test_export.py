@@ -12,6 +12,7 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
+from anomalib_rdpp.benchmark.probe import has_bfloat16
 from anomalib_rdpp.export import calibration_images, make_upsampling_pointwise, map_operations, quantize
 
 SIZE = (64, 96)
@@ -97,9 +98,7 @@ def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
     assert np.abs(exact - close).max() < 0.1 * exact.max()
 
 
-@pytest.mark.skipif(
-    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="this CPU has no bfloat16"
-)
+@pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no bfloat16")
 def test_small_distances_keep_their_digits_in_bfloat16(tmp_path):
     class NearlyEqual(torch.nn.Module):
         def __init__(self):

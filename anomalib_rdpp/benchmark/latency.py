@@ -33,7 +33,7 @@ from tqdm import tqdm
 from anomalib_rdpp.export import SafeExportMixin, quantize_all_but_map
 
 from .grid import read_keys
-from .probe import load_runner
+from .probe import has_bfloat16, load_runner
 from .rows import append_row, commit
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,7 @@ def run_latency(
             f"{', '.join(grid['backbones'])}: write models with `ckpt_path` in a grid of one backbone."
         )
         raise ValueError(msg)
-    has_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if not has_bf16 and (left_out := [each for each in grid["precisions"] if PRECISIONS[each][1] == "bf16"]):
+    if not has_bfloat16() and (left_out := [each for each in grid["precisions"] if PRECISIONS[each][1] == "bf16"]):
         logger.warning("this CPU has no bfloat16: without %s", " and ".join(left_out))
         grid["precisions"] = [each for each in grid["precisions"] if each not in left_out]
         if not grid["precisions"]:

@@ -22,6 +22,7 @@ from anomalib_rdpp.export import calibration_images, quantize
 
 from .accuracy import METRICS
 from .grid import build_datamodule, load_trained, read_grid
+from .probe import has_bfloat16
 from .rows import append_row, commit, read_rows
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def _answers(
         return core.read_model(model.to_openvino(folder, input_size=(size, size), onnx_kwargs={"dynamic_shapes": None}))
 
     def openvino(network: ov.Model, arithmetic: str = "f32") -> Answer:
-        if arithmetic == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if arithmetic == "bf16" and not has_bfloat16():
             msg = "This CPU has no bfloat16."
             raise ValueError(msg)
         compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": arithmetic})
@@ -155,16 +156,20 @@ def _answers(
         ov.save_model(fp32(), folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
         return openvino(core.read_model(folder / "fp16.xml"))
 
-    def quantized(options: dict[str, Any], arithmetic: str = "f32") -> Answer:
-        return openvino(quantize(fp32(), datamodule, **options), arithmetic)
+    @cache
+    def quantized(name: str) -> ov.Model:
+        return quantize(fp32(), datamodule, **INT8[name])
+
+    def in_int8(name: str, arithmetic: str = "f32") -> Answer:
+        return openvino(quantized(name), arithmetic)
 
     return {
         "torch": lambda: pytorch,
         "fp32": lambda: openvino(fp32()),
         "fp16": half,
         "bf16": lambda: openvino(fp32(), "bf16"),
-        **{name: partial(quantized, options) for name, options in INT8.items()},
-        "int8, bf16": partial(quantized, {}, "bf16"),
+        **{name: partial(in_int8, name) for name in INT8},
+        "int8, bf16": partial(in_int8, "int8", "bf16"),
     }
 
 

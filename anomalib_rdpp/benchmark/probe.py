@@ -43,6 +43,13 @@ def load_runner(path: Path, threads: int, size: int, arithmetic: str) -> Callabl
     return compiled.create_infer_request().infer
 
 
+def has_bfloat16() -> bool:
+    """Tell whether OpenVINO can compute in bfloat16 on this CPU."""
+    import openvino as ov  # noqa: PLC0415
+
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def reset_peak() -> None:
     """Let ``peak_mib`` count from now on, where Linux allows it."""
     with suppress(OSError):
