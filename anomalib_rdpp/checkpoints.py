@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from anomalib_rdpp.distillation import CHANNELS, Student, architecture
 from anomalib_rdpp.rdpp.lightning_model import RDPP
 from anomalib_rdpp.rdpp.torch_model import Projection
+from anomalib_rdpp.student import Student
+from anomalib_rdpp.teacher import CHANNELS, architecture
 
 SCALES = "abc"  # how the program names its projections, fine to coarse
 PARTS = ({"bn", "decoder"}, {"bn", "decoder", "proj"})  # of RD, of RD++

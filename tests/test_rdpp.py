@@ -17,10 +17,11 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_rdpp import RDPP
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.distillation import Student, Teacher
 from anomalib_rdpp.rdpp.loss import RDPPLoss, contrast_loss, reconstruction_loss, transport_loss
 from anomalib_rdpp.rdpp.torch_model import Projection, RDPPFeatures, RDPPModel
+from anomalib_rdpp.student import Student
 from anomalib_rdpp.synthesis.noise import SimplexNoise
+from anomalib_rdpp.teacher import Teacher
 
 BACKBONES = ["resnet18", "resnet34", "resnet50.tv_in1k", "wide_resnet50_2.tv_in1k"]
 TINY = {"backbone": "resnet18", "pre_trained": False}

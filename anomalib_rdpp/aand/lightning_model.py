@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_rdpp.host import DistillationMixin
+from anomalib_rdpp.base import DistillationMixin
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
 
 from .loss import AANDLoss

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.distillation import Student, Teacher, check_images
+from anomalib_rdpp.student import Student
+from anomalib_rdpp.teacher import Teacher, check_images
 
 from .amplifier import Amplifier
 

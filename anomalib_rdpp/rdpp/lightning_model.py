@@ -14,7 +14,7 @@ from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Adam
 
-from anomalib_rdpp.host import DistillationMixin
+from anomalib_rdpp.base import DistillationMixin
 from anomalib_rdpp.synthesis.noise import SimplexNoise
 
 from .loss import RDPPLoss

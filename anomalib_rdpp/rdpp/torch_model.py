@@ -12,8 +12,9 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.distillation import Student, Teacher, check_images
+from anomalib_rdpp.student import Student
 from anomalib_rdpp.synthesis.noise import SimplexNoise
+from anomalib_rdpp.teacher import Teacher, check_images
 
 
 class RDPPFeatures(NamedTuple):

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
-from anomalib_rdpp.distillation import check_images
+from anomalib_rdpp.teacher import check_images
 
 FOREGROUNDS = ("none", "estimate")
 TEXTURES = {".jpg", ".jpeg", ".png"}

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Adam
 from torchvision.transforms.v2 import Normalize, Resize
 
-from anomalib_rdpp.distillation import architecture
 from anomalib_rdpp.export import SafeExportMixin
+from anomalib_rdpp.teacher import architecture
 
 SLACK = 0.05  # resizing and augmentations may overshoot a little
 STRUCTURE = {"backbone", "projection", "gate", "fixed_scale"}  # arguments that the shapes in a checkpoint depend on
