@@ -6,7 +6,7 @@ Installed beside anomalib, ``anomalib train --model RDPP`` works as typed, ``get
 import anomalib.models  # noqa: F401  first and whole: half of it would be imported by our modules otherwise
 
 from anomalib_rdpp.aand.lightning_model import AAND
-from anomalib_rdpp.checkpoints import load_published, to_published
+from anomalib_rdpp.published import load_published, to_published
 from anomalib_rdpp.rdpp.lightning_model import RDPP
 from anomalib_rdpp.registration import register
 

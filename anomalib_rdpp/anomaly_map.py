@@ -4,7 +4,7 @@ Per scale 1 - cosine along channels, brought to the size of the image (bilinear,
 smoothed by a Gaussian. Upsampling and smoothing are linear and separable, so both together are one small matrix per
 axis: nothing is computed at full resolution but the product, which is the same map for a fraction of the time.
 
-Source: Deng & Li, CVPR 2022, section 3.4; sigma and border rule from the published programs (MIT).
+Source: Deng & Li, CVPR 2022, section 3.4; sigma and border rule from the official code (MIT).
 """
 
 from functools import lru_cache
@@ -15,6 +15,8 @@ from anomalib.data import InferenceBatch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
+SCORES = ("max", "top", "sum")
+
 
 class AnomalyMapGenerator(nn.Module):
     """Compare two lists of features and give map and score.
@@ -22,6 +24,12 @@ class AnomalyMapGenerator(nn.Module):
     Args:
         sigma: Standard deviation of the Gaussian, in pixels of the image. Its radius is four times that. At the border
             the image is mirrored with its edge pixel repeated, as scipy's ``reflect`` does.
+        score: What of the map is the image's score: ``max``, its maximum; ``top``, the mean of its highest pixels;
+            ``sum``, the sum of all, as RD's official code for one-class detection has it.
+        score_fraction: Share of the pixels that ``top`` takes the mean of, at least one pixel.
+
+    Raises:
+        ValueError: If there is no such score, or the fraction is not above 0 and at most 1.
 
     Examples:
         >>> generate = AnomalyMapGenerator()
@@ -31,9 +39,17 @@ class AnomalyMapGenerator(nn.Module):
         (torch.Size([2, 1, 64, 64]), torch.Size([2]))
     """
 
-    def __init__(self, sigma: float = 4.0) -> None:
+    def __init__(self, sigma: float = 4.0, score: str = "max", score_fraction: float = 0.01) -> None:
         super().__init__()
+        if score not in SCORES:
+            msg = f"score must be one of {', '.join(SCORES)}, got '{score}'."
+            raise ValueError(msg)
+        if not 0 < score_fraction <= 1:
+            msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
+            raise ValueError(msg)
         self.sigma = sigma
+        self.score = score
+        self.score_fraction = score_fraction
 
     def forward(
         self,
@@ -50,14 +66,23 @@ class AnomalyMapGenerator(nn.Module):
 
         Returns:
             ``anomaly_map`` of shape ``(B, 1, *image_size)``, between 0 and twice the number of scales, and
-            ``pred_score`` of shape ``(B,)``, its maximum.
+            ``pred_score`` of shape ``(B,)``.
         """
         with torch.autocast(teacher[0].device.type, enabled=False):
             anomaly_map = sum(
                 self._enlarge(_distance(t.float(), s.float()), image_size)
                 for t, s in zip(teacher, student, strict=True)
             )
-        return InferenceBatch(pred_score=anomaly_map.amax(dim=(-2, -1)), anomaly_map=anomaly_map.unsqueeze(1))
+        return InferenceBatch(pred_score=self._score(anomaly_map), anomaly_map=anomaly_map.unsqueeze(1))
+
+    def _score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """Score each map ``(B, H, W)``."""
+        if self.score == "max":
+            return anomaly_map.amax(dim=(-2, -1))
+        if self.score == "sum":
+            return anomaly_map.sum(dim=(-2, -1))
+        pixels = anomaly_map.flatten(1)
+        return pixels.topk(max(1, round(self.score_fraction * pixels.shape[1]))).values.mean(dim=1)
 
     def _enlarge(self, distance: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
         """Upsample and smooth ``(B, h, w)`` to ``(B, H, W)``."""

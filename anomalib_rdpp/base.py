@@ -15,18 +15,18 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch.optim import Adam
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_rdpp.export import SafeExportMixin
 from anomalib_rdpp.teacher import architecture
 
 SLACK = 0.05  # resizing and augmentations may overshoot a little
-STRUCTURE = {"backbone", "projection", "gate", "fixed_scale"}  # arguments that the shapes in a checkpoint depend on
 
 
 class DistillationMixin(SafeExportMixin):
     """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation, whole exports."""
+
+    structure: frozenset[str]  # arguments that the shapes in a checkpoint depend on
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -68,9 +68,18 @@ class DistillationMixin(SafeExportMixin):
         mean = normal.mean() if len(normal) else torch.zeros(())
         self.log("val_distance", mean.to(self.device), batch_size=len(normal), sync_dist=True)
 
-    def build_optimizer(self, groups: list[dict[str, Any]]) -> Adam:
-        """Build the programs' Adam; fused on a CPU, where that is faster (on a GPU it rules out clipping under AMP)."""
-        return Adam(groups, betas=(0.5, 0.999), fused=self.device.type == "cpu")
+    def log_terms(self, terms: dict[str, torch.Tensor], batch_size: int) -> torch.Tensor:
+        """Log each term of the loss by its name; give back their sum, ``loss``."""
+        for name, term in terms.items():
+            self.log(
+                f"train_{name}",
+                term.detach(),
+                on_step=False,
+                on_epoch=True,
+                prog_bar=name == "loss",
+                batch_size=batch_size,
+            )
+        return terms["loss"]
 
     def setup(self, stage: str) -> None:
         """Refuse a pre-processor that normalises.
@@ -137,11 +146,11 @@ class DistillationMixin(SafeExportMixin):
         """Refuse a checkpoint of another network before torch lists all its tensors.
 
         Raises:
-            ValueError: If the checkpoint's network differs in its parts or in an argument of ``STRUCTURE``.
+            ValueError: If the checkpoint's network differs in its parts or in an argument of ``structure``.
         """
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
-        for name in STRUCTURE & stored.keys() & self.hparams.keys():
+        for name in sorted(self.structure & stored.keys() & self.hparams.keys()):
             theirs, ours = stored[name], self.hparams[name]
             if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter
                 theirs, ours = architecture(theirs), architecture(ours)

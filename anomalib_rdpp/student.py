@@ -13,19 +13,26 @@ AAND  amplified teacher features      amplified with student      I: amplifier, 
 Source: Deng & Li, Anomaly Detection via Reverse Distillation from One-Class Embedding, CVPR 2022.
 """
 
+from collections.abc import Sequence
+
 import torch
 from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
+from timm.layers import ConvNormAct
+from timm.models.resnet import BasicBlock
 from torch import nn
 
-from anomalib_rdpp.teacher import STRIDE, architecture
+from anomalib_rdpp.teacher import STRIDE, Teacher
+
+PAPER = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")  # teachers that the papers' student mirrors
+STUDENTS = ("auto", "paper", "light")
 
 
 class Student(nn.Module):
-    """Bottleneck and decoder: learns to give back the teacher's features of normal images.
+    """Bottleneck and decoder of the papers, for one of their four ResNets.
 
     Args:
-        backbone: timm name of the teacher.
+        architecture: timm name of the teacher, without tag.
 
     Examples:
         >>> student = Student("resnet18")
@@ -34,12 +41,11 @@ class Student(nn.Module):
         [(2, 64, 16, 16), (2, 128, 8, 8), (2, 256, 4, 4)]
     """
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, architecture: str) -> None:
         super().__init__()
-        name = architecture(backbone)
-        # The host builds the neck of a wide ResNet at half its width unless it is told.
-        self.bottleneck = get_bottleneck_layer(name, width_per_group=128 if name.startswith("wide") else 64)
-        self.decoder = get_decoder(name)
+        # anomalib builds the neck of a wide ResNet at half its width unless it is told.
+        self.bottleneck = get_bottleneck_layer(architecture, width_per_group=128 if "wide" in architecture else 64)
+        self.decoder = get_decoder(architecture)
         # Parts of the published neck that no pass uses; frozen, so that DDP waits for no gradient of theirs.
         self.bottleneck.conv4.requires_grad_(requires_grad=False)
         self.bottleneck.bn4.requires_grad_(requires_grad=False)
@@ -56,4 +62,112 @@ class Student(nn.Module):
                 "larger images, or a batch size that leaves no last batch of one image."
             )
             raise ValueError(msg)
-        return self.decoder(self.bottleneck(features))
+        reconstructed: list[torch.Tensor] = self.decoder(self.bottleneck(features))
+        return reconstructed
+
+
+class LightStudent(Student):
+    """Bottleneck and decoder for a teacher of any widths, with a fraction of the papers' multiply-adds.
+
+    Args:
+        channels: Channels of the teacher at the three scales, fine to coarse.
+        width: Channels inside, relative to the teacher's.
+
+    Examples:
+        >>> student = LightStudent([24, 40, 112], width=0.5)
+        >>> features = [torch.rand(2, 24, 16, 16), torch.rand(2, 40, 8, 8), torch.rand(2, 112, 4, 4)]
+        >>> [tuple(feature.shape) for feature in student(features)]
+        [(2, 24, 16, 16), (2, 40, 8, 8), (2, 112, 4, 4)]
+    """
+
+    def __init__(self, channels: Sequence[int], width: float = 1.0) -> None:
+        nn.Module.__init__(self)
+        widths = [max(8, round(width * count / 8) * 8) for count in channels]  # whole vectors of an edge CPU
+        self.bottleneck = nn.Sequential(Fuse(channels, widths), Embedding(widths[-1]))
+        self.decoder = Decoder(widths, channels)
+
+
+class Fuse(nn.Module):
+    """Bring each scale to 1/16 by strided convolutions and join them by a 1x1 convolution (RD's MFF, any widths)."""
+
+    def __init__(self, channels: Sequence[int], widths: Sequence[int]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                ConvNormAct(count, widths[k], 1),
+                *(ConvNormAct(widths[i], widths[i + 1], 3, stride=2) for i in range(k, len(widths) - 1)),
+            )
+            for k, count in enumerate(channels)
+        )
+        self.join = ConvNormAct(len(widths) * widths[-1], widths[-1], 1)
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Fuse ``(B, C, H, W)`` per scale to ``(B, widths[-1], H/16, W/16)``."""
+        scaled = [scale(feature) for scale, feature in zip(self.scales, features, strict=True)]
+        fused: torch.Tensor = self.join(torch.cat(scaled, dim=1))
+        return fused
+
+
+class Embedding(BasicBlock):
+    """A strided residual block to 1/32, twice as wide (RD's OCE, any width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2 * width, 2, ConvNormAct(width, 2 * width, 1, stride=2, apply_act=False))
+
+
+class Decoder(nn.Module):
+    """From the embedding at 1/32 up to the teacher's scales: transposed convolution, residual block, 1x1 out."""
+
+    def __init__(self, widths: Sequence[int], channels: Sequence[int]) -> None:
+        super().__init__()
+        wider = [*widths[1:], 2 * widths[-1]]
+        self.steps = nn.ModuleList(
+            nn.Sequential(
+                nn.ConvTranspose2d(deeper, width, 2, 2, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                BasicBlock(width, width),
+            )
+            for deeper, width in reversed(list(zip(wider, widths, strict=True)))
+        )
+        self.heads = nn.ModuleList(
+            nn.Conv2d(width, count, 1) for width, count in reversed(list(zip(widths, channels, strict=True)))
+        )
+
+    def forward(self, embedding: torch.Tensor) -> list[torch.Tensor]:
+        """Reconstruct ``(B, C, H, W)`` per scale, fine to coarse, from ``(B, 2 * widths[-1], H/32, W/32)``."""
+        reconstructed = []
+        for step, head in zip(self.steps, self.heads, strict=True):
+            embedding = step(embedding)
+            reconstructed.insert(0, head(embedding))
+        return reconstructed
+
+
+def build_student(teacher: Teacher, student: str = "auto", width: float = 1.0) -> Student:
+    """Build the student of a teacher.
+
+    Args:
+        teacher: Gives channels and architecture.
+        student: ``paper`` for the papers' ResNet parts, ``light`` for the generic ones, ``auto`` for the papers' where
+            the teacher is one of their four ResNets and the light one for all others.
+        width: Channels inside the light student, relative to the teacher's.
+
+    Raises:
+        ValueError: If there is no such student, the teacher has none in the papers, or the width is not positive.
+    """
+    if student not in STUDENTS:
+        msg = f"student must be one of {', '.join(STUDENTS)}, got '{student}'."
+        raise ValueError(msg)
+    if not 0 < width < float("inf"):
+        msg = f"width must be above 0, got {width}: it is the light student's channels relative to the teacher's."
+        raise ValueError(msg)
+    has_paper = teacher.architecture in PAPER
+    if student == "paper" and not has_paper:
+        msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."
+        raise ValueError(msg)
+    if student == "light" or not has_paper:
+        return LightStudent(teacher.channels, width)
+    if width != 1:
+        msg = f"width {width} is an option of the light student; the papers' has width 1: take student='light'."
+        raise ValueError(msg)
+    return Student(teacher.architecture)

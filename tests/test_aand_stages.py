@@ -216,8 +216,8 @@ def test_learning_rate_falls_within_each_stage(tiny_data, tmp_path):
 
 
 def test_learning_rate_falls_at_80_and_90_percent_of_a_stage():
-    factors = [learning_rate_factor(epoch, 100, 220) for epoch in (0, 100, 195, 196, 207, 208, 219)]
-    assert factors == pytest.approx([1, 1, 1, 0.2, 0.2, 0.04, 0.04])
+    factors = [learning_rate_factor(progress) for progress in (0, 0.79, 0.8, 0.89, 0.9, 1)]
+    assert factors == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,13 @@
 """RD++: what it computes, who learns, what it refuses."""
 
 import os
-import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from anomalib.data import ImageBatch
-from anomalib.models.components import TimmFeatureExtractor
 from anomalib.pre_processing import PreProcessor
-from safetensors.torch import save_file
 from torch.nn import functional
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -61,10 +57,8 @@ def test_student_sees_the_projection_and_the_map_compares_the_raw_teacher():
 def test_training_features_equal_those_of_single_passes():
     model = RDPPModel(**TINY).train()
     images = torch.rand(2, 3, 64, 64)
-    torch.manual_seed(1)
-    noisy = model.noise(images)
-    torch.manual_seed(1)
-    both = model(images)
+    noisy = SimplexNoise()(images)
+    both = model(images, noisy)
     for name, pixels in (("teacher", images), ("noisy_teacher", noisy)):
         for ours, expected in zip(getattr(both, name), model.teacher(pixels), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
@@ -76,8 +70,8 @@ def test_teacher_normalises_with_imagenet_statistics():
     teacher = Teacher("resnet18", pre_trained=False)
     images = torch.rand(1, 3, 64, 64)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = teacher.extractor((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-    for ours, theirs in zip(teacher(images), expected.values(), strict=True):
+    expected = teacher.network((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    for ours, theirs in zip(teacher(images), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -88,7 +82,7 @@ def test_teacher_stays_frozen_in_train_mode():
     model = RDPP(**TINY).train()
     before = {name: value.clone() for name, value in model.model.teacher.state_dict().items()}
     assert not model.model.teacher.training
-    assert not model.model.teacher.extractor.feature_extractor.training
+    assert not model.model.teacher.network.training
     optimizer = model.configure_optimizers()
     model.loss(model.model(torch.rand(2, 3, 64, 64)))["loss"].backward()
     optimizer.step()
@@ -98,7 +92,8 @@ def test_teacher_stays_frozen_in_train_mode():
 
 def test_projection_and_student_get_gradients_and_their_learning_rates():
     model = RDPP(**TINY, projection_lr=0.1, student_lr=0.2).train()
-    model.loss(model.model(torch.rand(2, 3, 64, 64)))["loss"].backward()
+    images = torch.rand(2, 3, 64, 64)
+    model.loss(model.model(images, model.noise(images)))["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     groups = model.configure_optimizers().param_groups
     assert [group["lr"] for group in groups] == [0.1, 0.2]
@@ -107,7 +102,7 @@ def test_projection_and_student_get_gradients_and_their_learning_rates():
 
 def test_noisy_features_reach_the_projection_but_not_the_student():
     model = RDPPModel(**TINY).train()
-    both = model(torch.rand(2, 3, 64, 64))
+    both = model(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64))
     reconstruction_loss(both.noisy_projected, both.projected).backward()
     assert all(p.grad is not None for p in model.projections.parameters())
     assert all(p.grad is None for p in model.student.parameters())
@@ -118,8 +113,9 @@ def test_every_term_is_logged_by_name(tiny_data, tmp_path):
 
     engine = Engine(default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", devices=1, limit_val_batches=0)
     engine.fit(RDPP(**TINY, pre_processor=RDPP.configure_pre_processor((64, 64))), datamodule=tiny_data)
-    names = ("distillation", "reconstruction", "contrast", "transport", "loss")
-    assert {f"train_{name}" for name in names} <= engine.trainer.callback_metrics.keys()
+    names = ("distillation", "reconstruction", "contrast", "loss")
+    logged = engine.trainer.callback_metrics.keys()
+    assert {f"train_{name}" for name in names} == {name for name in logged if name.startswith("train_")}
 
 
 # -- the loss
@@ -159,11 +155,34 @@ def test_transport_of_a_single_image_is_zero():
     assert transport_loss(features(batch=1)) == 0
 
 
-def test_published_transport_leaves_the_term_out():
+def test_transport_is_left_out_by_default():
+    assert RDPP(**TINY).hparams.transport_weight == 0
     sames = RDPPFeatures(*[features(seed=i) for i in range(5)])
-    terms = RDPPLoss(transport="published")(sames)
+    terms = RDPPLoss()(sames)
     assert "transport" not in terms
     weighted = 0.2 * (0.01 * terms["reconstruction"] + 0.1 * terms["contrast"]) / 1.11
+    torch.testing.assert_close(terms["loss"], terms["distillation"] + weighted)
+
+
+@pytest.mark.parametrize(
+    ("before", "weight"),
+    [
+        ({"transport": "published", "transport_weight": 1.0}, 0.0),
+        ({"transport": "paper", "transport_weight": 0.5}, 0.5),
+        ({"transport": "paper"}, 1.0),
+        ({"transport_weight": 1.0}, 1.0),
+        ({"layers": ["layer1", "layer2", "layer3"]}, 0.0),
+    ],
+)
+def test_arguments_of_before_are_read(before, weight):
+    assert RDPP(**TINY, **before).loss.weights["transport_weight"] == weight
+
+
+def test_transport_is_in_the_loss_where_it_has_a_weight():
+    sames = RDPPFeatures(*[features(seed=i) for i in range(5)])
+    torch.manual_seed(0)
+    terms = RDPPLoss(transport_weight=0.5)(sames)
+    weighted = 0.2 * (0.01 * terms["reconstruction"] + 0.1 * terms["contrast"] + 0.5 * terms["transport"]) / 1.11
     torch.testing.assert_close(terms["loss"], terms["distillation"] + weighted)
 
 
@@ -194,6 +213,21 @@ def test_map_is_bilinear_upsampling_then_gaussian_blur():
 def test_map_is_zero_for_equal_features():
     same = features()
     assert AnomalyMapGenerator()(same, same, (64, 64)).anomaly_map.abs().max() < 1e-5
+
+
+def test_score_is_what_the_argument_says():
+    teacher, student = features(2, 1), features(2, 2)
+    whole = AnomalyMapGenerator()(teacher, student, (64, 64))
+    pixels = whole.anomaly_map.flatten(1)
+    expected = {
+        "max": pixels.amax(1),
+        "sum": pixels.sum(1),
+        "top": pixels.sort(descending=True).values[:, :41].mean(1),  # 1 % of 4,096 pixels
+    }
+    for score, value in expected.items():
+        prediction = AnomalyMapGenerator(score=score, score_fraction=0.01)(teacher, student, (64, 64))
+        torch.testing.assert_close(prediction.pred_score, value)
+        assert torch.equal(prediction.anomaly_map, whole.anomaly_map)
 
 
 def test_map_is_one_where_a_feature_is_zero():
@@ -262,14 +296,13 @@ def test_noise_fits_an_image_smaller_than_its_patches():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "vgg16"}, "'vgg16' has no decoder; choose one of resnet18"),
-        ({"layers": ["layer1", "layer2"]}, "Expected three layers"),
-        ({"layers": ["layer1", "layer2", "layer9"]}, "use layer1, layer2, layer3"),
-        ({"layers": ["layer2", "layer3", "layer4"]}, "don't fit the bottleneck"),
-        ({"layers": ["layer3", "layer2", "layer1"]}, "don't fit the bottleneck"),
+        ({"score": "median"}, "score must be one of max, top, sum, got 'median'"),
+        ({"score": "top", "score_fraction": 0.0}, "score_fraction must be above 0 and at most 1, got 0.0"),
+        ({"recipe": "slow"}, "recipe must be one of paper, fast, got 'slow'"),
+        ({"projection": "heavy"}, "projection must be true, false or 'light', got 'heavy'"),
         ({"projection_weight": -1.0}, "projection_weight must be 0 or more and finite, got -1.0"),
         ({"contrast_weight": float("nan")}, "contrast_weight must be 0 or more"),
-        ({"transport": "sinkhorn"}, "transport must be one of paper, published, got 'sinkhorn'"),
+        ({"transport": "sinkhorn"}, "take transport_weight in its place"),
         ({"transport_positions": 0}, "transport_positions must be 1 or more"),
         ({"noise_patch_min": 40}, "0 < patch_min <= patch_max, got 40 and 31"),
     ],
@@ -295,8 +328,8 @@ def test_bad_image_is_refused(shape, message, mode):
 
 
 def test_batch_of_one_image_trains():
-    model = RDPP(**TINY).train()
-    terms = model.loss(model.model(torch.rand(1, 3, 64, 64)))
+    model = RDPP(**TINY, transport_weight=1.0).train()
+    terms = model.loss(model.model(torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)))
     assert terms["transport"] == 0
     terms["loss"].backward()
 
@@ -325,57 +358,25 @@ def test_normalising_pre_processor_is_refused():
         RDPP(**TINY, pre_processor=PreProcessor(transform)).setup("fit")
 
 
-# -- teacher weights
-
-
-def saved(tmp_path, backbone="resnet18", name="teacher.pt"):
-    network = TimmFeatureExtractor(backbone, ["layer1", "layer2", "layer3"], pre_trained=False).feature_extractor
-    state = {
-        key: torch.rand_like(value) if value.is_floating_point() else value
-        for key, value in network.state_dict().items()
-    }
-    path = tmp_path / name
-    (save_file if path.suffix == ".safetensors" else torch.save)({**state, "fc.weight": torch.rand(2, 2)}, path)
-    return path, state
-
-
-@pytest.mark.parametrize("name", ["teacher.pt", "teacher.safetensors"])
-def test_teacher_takes_a_local_file(tmp_path, name):
-    path, state = saved(tmp_path, name=name)
-    teacher = RDPP(backbone="resnet18", teacher_weights=str(path)).model.teacher
-    for key, value in teacher.extractor.feature_extractor.state_dict().items():
-        torch.testing.assert_close(value, state[key])
-
-
-def test_missing_teacher_file_is_named():
-    with pytest.raises(FileNotFoundError, match=r"No teacher weights at 'nowhere\.pt'"):
-        RDPP(backbone="resnet18", teacher_weights="nowhere.pt")
-
-
-def test_truncated_teacher_file_is_refused(tmp_path):
-    path, _ = saved(tmp_path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no readable state dict"):
-        RDPP(backbone="resnet18", teacher_weights=str(path))
-
-
-def test_teacher_file_with_code_is_refused(tmp_path):
-    path = tmp_path / "teacher.pt"
-    path.write_bytes(pickle.dumps(SimpleNamespace()))
-    with pytest.raises(ValueError, match="no readable state dict"):
-        RDPP(backbone="resnet18", teacher_weights=str(path))
-
-
-def test_teacher_file_of_another_network_is_refused(tmp_path):
-    path, _ = saved(tmp_path, "resnet50")
-    with pytest.raises(ValueError, match="weights of another network"):
-        RDPP(backbone="resnet18", teacher_weights=str(path))
+# -- checkpoints
 
 
 def test_checkpoint_of_another_backbone_is_named():
     with pytest.raises(ValueError, match="RDPP with backbone 'resnet50', this model has 'resnet18'"):
         RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet50.tv_in1k"}})
     RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18.tv_in1k"}})
+
+
+def test_checkpoint_of_before_any_teacher_loads():
+    model, again = RDPP(**TINY).eval(), RDPP(**TINY).eval()
+    state = {
+        key.replace("teacher.network.", "teacher.extractor.feature_extractor."): value
+        for key, value in model.state_dict().items()
+        if not key.endswith(("teacher.mean", "teacher.std"))
+    }
+    again.load_state_dict(state)
+    images = torch.rand(1, 3, 64, 64)
+    assert torch.equal(again.model(images).anomaly_map, model.model(images).anomaly_map)
 
 
 def test_checkpoint_without_projection_is_named():

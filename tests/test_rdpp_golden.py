@@ -43,7 +43,7 @@ def test_projection_loss_and_gradients_equal_the_published_ones(golden):
     noisy, normal = (values.scales(f"projected_{kind}", requires_grad=True) for kind in ("noisy", "normal"))
     noisy_teacher = values.scales("noisy_feature")
     features = RDPPFeatures(noisy_teacher, noisy_teacher, normal, noisy, noisy_teacher)
-    terms = RDPPLoss(projection_weight=1, transport="published")(features)
+    terms = RDPPLoss(projection_weight=1)(features)
     loss = terms["loss"] - terms["distillation"]
     assert_close(loss, values["total"].float())
     loss.backward()

@@ -1,6 +1,6 @@
 """Residual anomaly amplification, what AAND puts between teacher and student.
 
-Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068), stage one.
+Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (arXiv 2405.02068), stage one.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ class Amplifier(nn.Module):
     """Add a gated residual to the features of one scale: ``feature + gate * scale * feature``.
 
     Args:
-        channels: C, a multiple of 4.
+        channels: C.
         is_gated: Whether a gate decides where the residual goes; without, it goes everywhere (ablation).
         fixed_scale: Constant in place of the generator's scale of each attribute (ablation); None for the generator.
 
@@ -61,7 +61,7 @@ class MatchingGate(nn.Module):
     """How anomalous each position looks: the share that anomalous keys take in its softmax over all keys.
 
     Args:
-        channels: C, a multiple of 4.
+        channels: C.
         key_count: L, number of learned keys for normal and again for anomalous positions.
         temperature: Divides the cosines before the softmax.
 
@@ -94,15 +94,15 @@ class MatchingGate(nn.Module):
 @lru_cache
 def position_encoding(channels: int, height: int, width: int, base: float = 10000.0) -> np.ndarray:
     """Sines and cosines of a position, ``(C, H, W)``: half of the channels along the width, half along the height."""
-    half = channels // 2
+    half = 2 * -(-channels // 4)  # pairs of sine and cosine; what is over of channels that 4 doesn't divide is cut off
     frequencies = base ** (-np.arange(0, half, 2) / half)
     columns, rows = (
         np.stack([function(np.outer(frequencies, np.arange(side))) for function in (np.sin, np.cos)], axis=1)
         for side in (width, height)
-    )  # (C / 4, 2, side), so that sine and cosine alternate
+    )  # (half / 2, 2, side), so that sine and cosine alternate
     along_width = np.broadcast_to(columns.reshape(half, 1, width), (half, height, width))
     along_height = np.broadcast_to(rows.reshape(half, height, 1), (half, height, width))
-    return np.concatenate([along_width, along_height]).astype(np.float32)
+    return np.concatenate([along_width, along_height])[:channels].astype(np.float32)
 
 
 def _attribute_mlp(channels: int, widest: int = 1024) -> nn.Sequential:

@@ -1,11 +1,10 @@
 """AAND as an anomalib model: arguments, optimiser, stages, steps.
 
-Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
+Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,22 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch.optim import Adam
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_rdpp.base import DistillationMixin
+from anomalib_rdpp.recipe import build_optimizer, check_recipe, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
 
 from .loss import AANDLoss
 from .torch_model import AANDModel
+
+LEARNING_RATES = {"paper": 0.005, "fast": 0.002}  # of amplifier and student, by recipe
+ROUNDING = 1e-9  # of shares of the training
 
 
 class AAND(DistillationMixin, AnomalibModule):
@@ -37,15 +40,19 @@ class AAND(DistillationMixin, AnomalibModule):
     defaults are the paper's, at 256 x 256 pixels, batch size 16 and max_epochs=220. A single epoch goes to stage two.
 
     Args:
-        backbone: Teacher network by its timm name: resnet18, resnet34, resnet50 or wide_resnet50_2, with or without
-            weights tag. The papers' weights are those tagged tv_in1k; timm's untagged default is another set.
-        layers: The teacher's three layers that are compared, fine to coarse.
+        backbone: Teacher network by its timm name, with or without weights tag: any CNN with features at strides 4, 8
+            and 16. The papers' weights are those tagged tv_in1k; timm's untagged default is another set.
         pre_trained: Whether the teacher takes ImageNet weights, from timm's cache or by download.
         teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
-        amplifier_share: Share of the epochs that stage one takes, between 0 and 1.
-        amplifier_lr: Learning rate of the amplifier, in stage one.
-        student_lr: Learning rate of bottleneck and decoder, in stage two. Both rates fall to a fifth at 80 % and again
-            at 90 % of their stage.
+        student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
+            for one with fewer multiply-adds for any teacher; "auto" for the papers' where there is one.
+        width: Channels inside the light student, relative to the teacher's.
+        recipe: "paper" for the paper's optimiser, whose rates fall to a fifth at 80 % and again at 90 % of a stage; "fast"
+            for AdamW, a warm-up and a cosine in either stage, and little gradient for what the student has
+            already learnt.
+        amplifier_share: Share of the training that stage one takes, between 0 and 1.
+        amplifier_lr: Learning rate of the amplifier, in stage one; of the recipe by default, 0.005 or 0.002.
+        student_lr: Learning rate of bottleneck and decoder, in stage two; of the recipe by default, 0.005 or 0.002.
         amplification_weight: Weight of the amplification term beside the gate's focal loss, in stage one.
         hard_weight: Weight of the hard-knowledge term beside the distillation loss, in stage two.
         hard_positions: Positions of each image and scale that the hard-knowledge term looks at.
@@ -57,14 +64,18 @@ class AAND(DistillationMixin, AnomalibModule):
             image's border, which suits one object before an even background.
         foreground_dir: Folder of foreground masks instead (object not black), each with the stem of its image's file
             name and the size of its file. Pre-processor and augmentations may then resize, but not crop, flip or turn.
+        score: An image's score: "max" for the maximum of its map, "top" for the mean of the map's highest pixels, "sum"
+            for the sum of all.
+        score_fraction: Share of the map's pixels that score="top" averages.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
         post_processor: Post-processor, True for anomalib's, or False.
         evaluator: Evaluator, True for anomalib's metrics, or False.
         visualizer: Visualizer, True for anomalib's, or False.
+        layers: Of configs and checkpoints of before; has no effect.
 
     Raises:
-        ValueError: If backbone, layers, weights, share, probability, foreground or ablations are not admissible.
-        FileNotFoundError: If the file of teacher weights doesn't exist.
+        ValueError: If an argument is not admissible.
+        FileNotFoundError: If the file of teacher weights doesn't exist, or ImageNet weights are nowhere to be had.
 
     Examples:
         >>> model = AAND(backbone="resnet18", pre_trained=False)
@@ -72,15 +83,19 @@ class AAND(DistillationMixin, AnomalibModule):
         'AAND'
     """
 
+    structure = frozenset({"backbone", "student", "width", "gate", "fixed_scale"})
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         pre_trained: bool = True,
         teacher_weights: str | None = None,
+        student: str = "auto",
+        width: float = 1.0,
+        recipe: str = "paper",
         amplifier_share: float = 100 / 220,  # epochs of stage one, of both
-        amplifier_lr: float = 0.005,
-        student_lr: float = 0.005,
+        amplifier_lr: float | None = None,
+        student_lr: float | None = None,
         amplification_weight: float = 0.1,
         hard_weight: float = 1.0,
         hard_positions: int = 10,
@@ -90,10 +105,13 @@ class AAND(DistillationMixin, AnomalibModule):
         texture_dir: str | None = None,
         foreground: str = "none",
         foreground_dir: str | None = None,
+        score: str = "max",
+        score_fraction: float = 0.01,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             pre_processor=pre_processor,
@@ -107,10 +125,16 @@ class AAND(DistillationMixin, AnomalibModule):
                 f"the paper's are 100 of 220."
             )
             raise ValueError(msg)
+        check_recipe(recipe)
         self.anomalies = TextureAnomalies(texture_dir, foreground, foreground_dir, anomaly_probability)
-        self.model = AANDModel(backbone, layers, pre_trained, teacher_weights, gate, fixed_scale)
         self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
-        self.amplifier_epochs = 0
+        self.model = AANDModel(
+            backbone, pre_trained, teacher_weights, student, width, gate, fixed_scale, score, score_fraction
+        )
+        rates = (amplifier_lr, student_lr)
+        self.learning_rates = [LEARNING_RATES[recipe] if rate is None else rate for rate in rates]
+        self.amplifier_epochs: int | None = 0  # None where time alone ends the training
+        self.amplifier_end = 0.0  # share of the training at which stage two starts
         self.resumed_amplifier_epochs: int | None = None
 
     def setup(self, stage: str) -> None:
@@ -119,23 +143,28 @@ class AAND(DistillationMixin, AnomalibModule):
         if stage == "fit":
             self.anomalies.check_folders()
 
-    def configure_optimizers(self) -> tuple[list[Adam], list[LambdaLR]]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give amplifier and student a group each, with learning rates that fall within their stage."""
-        groups = [
-            {"params": self.model.amplifiers.parameters(), "lr": self.hparams.amplifier_lr},
-            {"params": self.model.student.parameters(), "lr": self.hparams.student_lr},
-        ]
-        optimizer = self.build_optimizer(groups)
-        epochs = count_epochs(self.trainer)
-        self.amplifier_epochs = split_epochs(epochs, self.hparams.amplifier_share)
+        self.amplifier_end = self.hparams.amplifier_share
+        self.amplifier_epochs = None
+        if (epochs := count_epochs(self.trainer)) is not None:
+            self.amplifier_epochs = split_epochs(epochs, self.hparams.amplifier_share)
+            self.amplifier_end = self.amplifier_epochs / epochs
         if self.resumed_amplifier_epochs not in (None, self.amplifier_epochs):
             rank_zero_warn(
                 f"Stage two of the resumed run starts with epoch {self.resumed_amplifier_epochs}, of this one with "
                 f"epoch {self.amplifier_epochs}: stages are shares of max_epochs, so resume with the same max_epochs.",
             )
-        stages = (0, self.amplifier_epochs), (self.amplifier_epochs, epochs)
-        factors = [partial(learning_rate_factor, first=first, last=last) for first, last in stages]
-        return [optimizer], [LambdaLR(optimizer, factors)]
+        parts = (self.model.amplifiers, self.model.student)
+        groups = [
+            {"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.learning_rates, strict=True)
+        ]
+        optimizer = build_optimizer(self.hparams.recipe, groups, fused=self.device.type == "cpu")
+        factor = learning_rate_factor if self.hparams.recipe == "paper" else cosine_factor
+        stages = (0.0, self.amplifier_end), (self.amplifier_end, 1.0)
+        schedule = LambdaLR(optimizer, [lambda _, stage=stage: factor(self._progress_of(*stage)) for stage in stages])
+        interval = "epoch" if self.hparams.recipe == "paper" else "step"
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 
     def on_train_start(self) -> None:
         """Start the stage of this epoch; a fit that resumes within an epoch doesn't pass the next hook."""
@@ -143,7 +172,7 @@ class AAND(DistillationMixin, AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Go on to stage two when its first epoch has come."""
-        if self.model.is_amplifying != (self.current_epoch < self.amplifier_epochs):
+        if self.model.is_amplifying != self._is_stage_one():
             self._start_stage()
 
     def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
@@ -153,19 +182,12 @@ class AAND(DistillationMixin, AnomalibModule):
             images, mask, foreground = self.anomalies(batch.image, batch.image_path)
             terms = self.loss(self.model(images, mask), mask, foreground)
         else:
-            terms = self.loss(self.model(batch.image))
+            is_fast = self.hparams.recipe == "fast"
+            share = easy_share(self._progress_of(self.amplifier_end, 1.0)) if is_fast else 0.0
+            terms = self.loss(self.model(batch.image), easy_share=share)
         size = len(batch.image)
-        for name, term in terms.items():
-            self.log(
-                f"train_{name}",
-                term.detach(),
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "loss",
-                batch_size=size,
-            )
         self.log("stage", 1.0 if self.model.is_amplifying else 2.0, on_step=False, on_epoch=True, batch_size=size)
-        return terms["loss"]
+        return self.log_terms(terms, size)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where stage two starts."""
@@ -184,16 +206,24 @@ class AAND(DistillationMixin, AnomalibModule):
             )
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
-        """Export as the host does; what has no student yet is exported with a warning."""
+        """Export as anomalib does; what has no student yet is exported with a warning."""
         if self.model.is_amplifying:
             rank_zero_warn(
                 "This AAND is in stage one: its student is untrained, and its map compares raw and amplified."
             )
         return super().to_onnx(*args, **kwargs)
 
+    def _is_stage_one(self) -> bool:
+        """Whether the epoch that starts now trains the amplifier."""
+        return training_progress(self.trainer) < self.amplifier_end - ROUNDING
+
+    def _progress_of(self, first: float, last: float) -> float:
+        """Share of a stage, from ``first`` to ``last`` of the training, that is over."""
+        return min(max((training_progress(self.trainer) - first) / max(last - first, ROUNDING), 0.0), 1.0)
+
     def _start_stage(self) -> None:
         """Freeze what this epoch doesn't train, and say so."""
-        is_amplifying = self.current_epoch < self.amplifier_epochs
+        is_amplifying = self._is_stage_one()
         self.model.start_stage(is_amplifying)
         self.train()
         strategy = self.trainer.strategy
@@ -202,23 +232,27 @@ class AAND(DistillationMixin, AnomalibModule):
             strategy.model = self
             strategy.configure_ddp()
         name, task = ("one", "amplifier") if is_amplifying else ("two", "student")
+        at = f"epoch {self.amplifier_epochs}"
+        if self.amplifier_epochs is None:
+            at = f"the first epoch after {self.amplifier_end:.0%} of the time"
         rank_zero_info(
-            f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; "
-            f"stage two starts with epoch {self.amplifier_epochs}.",
+            f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; stage two starts with {at}.",
         )
 
 
-def count_epochs(trainer: Trainer) -> int:
-    """Epochs until ``max_epochs`` or ``max_steps``, whichever comes first.
+def count_epochs(trainer: Trainer) -> int | None:
+    """Epochs until ``max_epochs`` or ``max_steps``, whichever comes first; None where ``max_time`` alone ends them.
 
     Raises:
-        ValueError: If neither is given.
+        ValueError: If none of them is given.
     """
     if trainer.max_steps == -1:
-        if trainer.max_epochs == -1:
-            msg = "AAND divides its epochs between two stages, but max_epochs=-1 has no end; set it, or max_steps."
-            raise ValueError(msg)
-        return trainer.max_epochs
+        if trainer.max_epochs != -1:
+            return trainer.max_epochs
+        if any(isinstance(callback, Timer) for callback in trainer.callbacks):
+            return None
+        msg = "AAND divides its training between two stages, but this one has no end; set max_epochs or max_time."
+        raise ValueError(msg)
     trainer.fit_loop.setup_data()
     steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     epochs = math.ceil(trainer.max_steps / steps)
@@ -234,12 +268,9 @@ def split_epochs(epochs: int, share: float) -> int:
 
 
 def learning_rate_factor(
-    epoch: int,
-    first: int,
-    last: int,
+    progress: float,
     drops: Sequence[float] = (0.8, 0.9),  # of either stage
     factor: float = 0.2,
 ) -> float:
-    """What the learning rate is multiplied by in an epoch of a stage from ``first`` to before ``last``."""
-    progress = (epoch - first) / max(last - first, 1)
-    return factor ** sum(progress >= drop for drop in drops)
+    """What the papers' learning rate is multiplied by when a share of its stage is over."""
+    return factor ** sum(progress >= drop - ROUNDING for drop in drops)

@@ -1,6 +1,6 @@
 """Losses of AAND: focal and amplification in stage one, distillation and hard knowledge in stage two.
 
-Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
+Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
 import torch
@@ -8,6 +8,8 @@ from anomalib.models.image.reverse_distillation.loss import ReverseDistillationL
 from torch import nn
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
+
+from anomalib_rdpp.recipe import focus_on_hard
 
 from .torch_model import AmplifierFeatures, StudentFeatures, mask_at_scale
 
@@ -55,6 +57,7 @@ class AANDLoss(nn.Module):
         features: AmplifierFeatures | StudentFeatures,
         mask: torch.Tensor | None = None,
         foreground: torch.Tensor | None = None,
+        easy_share: float = 0.0,
     ) -> dict[str, torch.Tensor]:
         """Compute the terms of the stage that the features come from.
 
@@ -62,6 +65,7 @@ class AANDLoss(nn.Module):
             features: What the model gives in training.
             mask: ``(B, 1, H, W)`` of the images, the synthetic anomalies; stage one only.
             foreground: ``(B, 1, H, W)`` of the images, where the object is; stage one only.
+            easy_share: Share of the positions that give the student little gradient, see ``focus_on_hard``.
 
         Returns:
             Each term as a scalar by its name, unweighted, and ``loss``, their weighted sum.
@@ -75,8 +79,9 @@ class AANDLoss(nn.Module):
                 }
                 loss = terms["focal"] + self.amplification_weight * terms["amplification"]
             else:
+                student = focus_on_hard(features.student, features.amplified, easy_share)
                 terms = {
-                    "distillation": self.distillation(features.amplified, features.student),
+                    "distillation": self.distillation(features.amplified, student),
                     "hard": hard_knowledge_loss(features.amplified, features.student, self.hard_positions),
                 }
                 loss = terms["distillation"] + self.hard_weight * terms["hard"]
@@ -103,7 +108,7 @@ def amplification_loss(
     mask: torch.Tensor,
     foreground: torch.Tensor,
     margin: float = 0.3,  # in cosine, how much further amplification must push
-    normal_positions: int = 5000,  # at most, per batch and scale, of the published program, as the next
+    normal_positions: int = 5000,  # at most, per batch and scale, of the official code, as the next
     anomalous_positions: int = 1000,
 ) -> torch.Tensor:
     """Ask that amplified anomalies are further from normal positions than the teacher has them.

@@ -1,9 +1,8 @@
 """Network of AAND: an amplifier stands between teacher and student.
 
-Written from the paper, not from its program's source: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
+Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.student import Student
+from anomalib_rdpp.student import build_student
 from anomalib_rdpp.teacher import Teacher, check_images
 
 from .amplifier import Amplifier
@@ -40,14 +39,18 @@ class AANDModel(nn.Module):
 
     Args:
         backbone: timm name of the teacher.
-        layers: Its three layers, fine to coarse.
         pre_trained: Whether the teacher takes ImageNet weights.
         teacher_weights: File with the teacher's weights instead.
+        student: ``paper``, ``light`` or ``auto``, see ``build_student``.
+        width: Channels inside the light student, relative to the teacher's.
         is_gated: Whether a gate decides where the amplifiers' residual goes (ablation).
         fixed_scale: Constant in place of the amplifiers' generator (ablation); None for the generator.
+        score: What of the map is the image's score, see ``AnomalyMapGenerator``.
+        score_fraction: Share of the map's pixels that ``score="top"`` averages.
 
     Raises:
-        ValueError: If neither gate nor generator is left.
+        ValueError: If an argument is not admissible, or neither gate nor generator is left.
+        FileNotFoundError: If the file of teacher weights doesn't exist.
 
     Examples:
         >>> model = AANDModel("resnet18", pre_trained=False).eval()
@@ -58,19 +61,22 @@ class AANDModel(nn.Module):
     def __init__(
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         pre_trained: bool = True,
         teacher_weights: str | None = None,
+        student: str = "auto",
+        width: float = 1.0,
         is_gated: bool = True,
         fixed_scale: float | None = None,
+        score: str = "max",
+        score_fraction: float = 0.01,
     ) -> None:
         super().__init__()
-        self.teacher = Teacher(backbone, layers, pre_trained, teacher_weights)
+        self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
+        self.teacher = Teacher(backbone, pre_trained, teacher_weights)
         self.amplifiers = nn.ModuleList(
             Amplifier(channels, is_gated, fixed_scale) for channels in self.teacher.channels
         )
-        self.student = Student(backbone)
-        self.anomaly_map_generator = AnomalyMapGenerator()
+        self.student = build_student(self.teacher, student, width)
         # By name, because teacher and unused parts of the student are frozen in every stage.
         self.trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.is_amplifying = False
@@ -144,7 +150,7 @@ class AANDModel(nn.Module):
 def mask_at_scale(
     mask: torch.Tensor,
     feature: torch.Tensor,
-    threshold: float = 0.3,  # of the published program
+    threshold: float = 0.3,  # of the official code
 ) -> torch.Tensor:
     """Bring a mask ``(B, 1, H, W)`` down to the size of a feature: where more than a share of its pixels is set."""
     return functional.adaptive_avg_pool2d(mask.float(), feature.shape[-2:]) > threshold

@@ -11,14 +11,18 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch.optim import Adam
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_rdpp.base import DistillationMixin
+from anomalib_rdpp.recipe import build_optimizer, check_recipe, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.noise import SimplexNoise
 
 from .loss import RDPPLoss
 from .torch_model import RDPPModel
+
+LEARNING_RATES = {"paper": (0.001, 0.005), "fast": (0.0005, 0.002)}  # of projection and student, by recipe
 
 
 class RDPP(DistillationMixin, AnomalibModule):
@@ -27,34 +31,42 @@ class RDPP(DistillationMixin, AnomalibModule):
     The defaults are the paper's, at 256 x 256 pixels and batch size 16.
 
     Args:
-        backbone: Teacher network by its timm name: resnet18, resnet34, resnet50 or wide_resnet50_2, with or without
-            weights tag. The papers' weights are those tagged tv_in1k; timm's untagged default is another set.
-        layers: The teacher's three layers that are compared, fine to coarse.
+        backbone: Teacher network by its timm name, with or without weights tag: any CNN with features at strides 4, 8
+            and 16. The papers' weights are those tagged tv_in1k; timm's untagged default is another set.
         pre_trained: Whether the teacher takes ImageNet weights, from timm's cache or by download.
         teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
-        projection_lr: Learning rate of the projection.
-        student_lr: Learning rate of bottleneck and decoder.
+        student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
+            for one with fewer multiply-adds for any teacher; "auto" for the papers' where there is one.
+        width: Channels inside the light student, relative to the teacher's.
+        projection: True for the paper's, "light" for one with fewer multiply-adds. False for plain RD (CVPR 2022): the
+            student sees the teacher's features as they are, and the distillation loss trains it alone.
+        recipe: "paper" for the paper's optimiser and constant rates; "fast" for AdamW, a schedule that ends where
+            training ends (epochs, steps or time), and little gradient for what is already learnt.
+        projection_lr: Learning rate of the projection; of the recipe by default, 0.001 or 0.0005.
+        student_lr: Learning rate of bottleneck and decoder; of the recipe by default, 0.005 or 0.002.
         projection_weight: Weight of the projection loss beside the distillation loss.
-        transport_weight: Weight of the optimal transport term within the projection loss.
+        transport_weight: Weight of the optimal transport term within the projection loss: 0 for none, which is what the
+            official code's call comes to and the more accurate at length; 1 for the paper's term.
         reconstruction_weight: Weight of the reconstruction term within the projection loss.
         contrast_weight: Weight of the contrast term within the projection loss.
-        transport: Optimal transport term: "paper" compares the features of pairs of images, as the paper means;
-            "published" leaves it out, which is what the published program comes to.
         transport_positions: Random positions per scale that the transport term compares. Its cost grows with the
             square.
         noise_strength: Factor on the simplex noise of the pseudo-anomalies, in units of the pixel range [0, 1].
         noise_patch_min: Shortest side of the noisy rectangle, in pixels.
         noise_patch_max: Longest side of the noisy rectangle, in pixels.
-        projection: False for plain RD (CVPR 2022): the student sees the teacher's features as they are, and the
-            distillation loss trains it alone.
+        score: An image's score: "max" for the maximum of its map, "top" for the mean of the map's highest pixels, "sum"
+            for the sum of all.
+        score_fraction: Share of the map's pixels that score="top" averages.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
         post_processor: Post-processor, True for anomalib's, or False.
         evaluator: Evaluator, True for anomalib's metrics, or False.
         visualizer: Visualizer, True for anomalib's, or False.
+        layers: Of configs and checkpoints of before; has no effect.
+        transport: Of configs and checkpoints of before: "published" is transport_weight=0.
 
     Raises:
-        ValueError: If backbone, layers, weights or noise sides are not admissible.
-        FileNotFoundError: If the file of teacher weights doesn't exist.
+        ValueError: If an argument is not admissible.
+        FileNotFoundError: If the file of teacher weights doesn't exist, or ImageNet weights are nowhere to be had.
 
     Examples:
         >>> model = RDPP(backbone="resnet18", pre_trained=False)
@@ -62,28 +74,35 @@ class RDPP(DistillationMixin, AnomalibModule):
         'RDPP'
     """
 
+    structure = frozenset({"backbone", "student", "width", "projection"})
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         pre_trained: bool = True,
         teacher_weights: str | None = None,
-        projection_lr: float = 0.001,
-        student_lr: float = 0.005,
+        student: str = "auto",
+        width: float = 1.0,
+        projection: bool | str = True,
+        recipe: str = "paper",
+        projection_lr: float | None = None,
+        student_lr: float | None = None,
         projection_weight: float = 0.2,
-        transport_weight: float = 1.0,
+        transport_weight: float = 0.0,
         reconstruction_weight: float = 0.01,
         contrast_weight: float = 0.1,
-        transport: str = "paper",
         transport_positions: int = 64,
         noise_strength: float = 0.2,
         noise_patch_min: int = 10,
         noise_patch_max: int = 31,
-        projection: bool = True,
+        score: str = "max",
+        score_fraction: float = 0.01,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        layers: Sequence[str] | None = None,
+        transport: str | None = None,
     ) -> None:
         super().__init__(
             pre_processor=pre_processor,
@@ -91,42 +110,49 @@ class RDPP(DistillationMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        self.model = RDPPModel(
-            backbone,
-            layers,
-            pre_trained,
-            teacher_weights,
-            SimplexNoise(noise_strength, noise_patch_min, noise_patch_max),
-            projection,
-        )
+        check_recipe(recipe)
+        self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
         self.loss = RDPPLoss(
             projection_weight,
-            transport_weight,
+            _weight_of(transport, transport_weight),
             reconstruction_weight,
             contrast_weight,
-            transport,
             transport_positions,
         )
+        self.model = RDPPModel(
+            backbone, pre_trained, teacher_weights, student, width, projection, score, score_fraction
+        )
+        rates = zip((projection_lr, student_lr), LEARNING_RATES[recipe], strict=True)
+        self.learning_rates = [default if rate is None else rate for rate, default in rates]
 
-    def configure_optimizers(self) -> Adam:
-        """Give projection and student their learning rates; the two Adams of the program are one with two groups."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Give projection and student their learning rates; the official code's two Adams are one with two groups."""
+        parts = (self.model.projections, self.model.student)
         groups = [
-            {"params": list(self.model.projections.parameters()), "lr": self.hparams.projection_lr},
-            {"params": list(self.model.student.parameters()), "lr": self.hparams.student_lr},
+            {"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.learning_rates, strict=True)
         ]
-        return self.build_optimizer([group for group in groups if group["params"]])
+        optimizer = build_optimizer(self.hparams.recipe, groups, fused=self.device.type == "cpu")
+        if self.hparams.recipe == "paper":
+            return optimizer
+        schedule = LambdaLR(optimizer, lambda _: cosine_factor(training_progress(self.trainer)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images; every term is logged by name."""
         del args, kwargs
-        terms = self.loss(self.model(batch.image))
-        for name, term in terms.items():
-            self.log(
-                f"train_{name}",
-                term.detach(),
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "loss",
-                batch_size=len(batch.image),
-            )
-        return terms["loss"]
+        noisy = self.noise(batch.image) if self.model.is_projecting else None
+        is_fast = self.hparams.recipe == "fast"
+        share = easy_share(training_progress(self.trainer)) if is_fast else 0.0
+        return self.log_terms(self.loss(self.model(batch.image, noisy), share), len(batch.image))
+
+
+def _weight_of(transport: str | None, transport_weight: float) -> float:
+    """Read ``transport`` of configs and checkpoints of before."""
+    if transport is None:
+        return transport_weight
+    weights = {"published": 0.0, "paper": transport_weight or 1.0}
+    if transport not in weights:
+        msg = f"transport was one of {', '.join(weights)}, got '{transport}'; take transport_weight in its place."
+        raise ValueError(msg)
+    rank_zero_warn(f"transport: {transport} has become transport_weight: {weights[transport]:g}.")
+    return weights[transport]

@@ -1,6 +1,6 @@
 """Loss of RD++: distillation plus the three terms of the projection.
 
-Source: Tien et al., CVPR 2023, equations 2 to 6; weights and the contrast term's arguments from the published program.
+Source: Tien et al., CVPR 2023, equations 2 to 6; weights and the contrast term's margin from the official code (MIT).
 """
 
 import torch
@@ -9,10 +9,11 @@ from geomloss import SamplesLoss
 from torch import nn
 from torch.nn import functional
 
+from anomalib_rdpp.recipe import focus_on_hard
+
 from .torch_model import RDPPFeatures
 
-PUBLISHED_WEIGHTS = 1 + 0.01 + 0.1  # the program divides the projection loss by the sum of its terms' weights
-TRANSPORTS = ("paper", "published")
+PUBLISHED_WEIGHTS = 1 + 0.01 + 0.1  # the official code divides the projection loss by the sum of its terms' weights
 
 
 class RDPPLoss(nn.Module):
@@ -23,30 +24,28 @@ class RDPPLoss(nn.Module):
 
     Args:
         projection_weight: Weight of the whole projection loss.
-        transport_weight: Weight of the optimal transport term.
+        transport_weight: Weight of the optimal transport term. 0 leaves it out, which is what the official code's call
+            comes to; 1 is the paper's.
         reconstruction_weight: Weight of the reconstruction term.
         contrast_weight: Weight of the contrast term.
-        transport: ``paper`` compares the features of pairs of images, as the paper means; ``published`` leaves the term
-            out, which is what the published program's call comes to.
         transport_positions: How many random positions of each scale the transport term looks at.
 
     Raises:
-        ValueError: If a weight is negative, the variant unknown or the number of positions not positive.
+        ValueError: If a weight is negative or the number of positions not positive.
 
     Examples:
         >>> features = [torch.rand(2, 8, 4, 4)]
         >>> terms = RDPPLoss()(RDPPFeatures(features, features, features, features, features))
         >>> sorted(terms)
-        ['contrast', 'distillation', 'loss', 'reconstruction', 'transport']
+        ['contrast', 'distillation', 'loss', 'reconstruction']
     """
 
     def __init__(
         self,
         projection_weight: float = 0.2,
-        transport_weight: float = 1.0,
+        transport_weight: float = 0.0,
         reconstruction_weight: float = 0.01,
         contrast_weight: float = 0.1,
-        transport: str = "paper",
         transport_positions: int = 64,
     ) -> None:
         super().__init__()
@@ -60,21 +59,18 @@ class RDPPLoss(nn.Module):
             if not 0 <= weight < float("inf"):
                 msg = f"{name} must be 0 or more and finite, got {weight}."
                 raise ValueError(msg)
-        if transport not in TRANSPORTS:
-            msg = f"transport must be one of {', '.join(TRANSPORTS)}, got '{transport}'."
-            raise ValueError(msg)
         if transport_positions < 1:
             msg = f"transport_positions must be 1 or more, got {transport_positions}."
             raise ValueError(msg)
-        self.transport = transport
         self.transport_positions = transport_positions
         self.distillation = ReverseDistillationLoss()
 
-    def forward(self, features: RDPPFeatures) -> dict[str, torch.Tensor]:
+    def forward(self, features: RDPPFeatures, easy_share: float = 0.0) -> dict[str, torch.Tensor]:
         """Compute all terms.
 
         Args:
             features: What the model gives in training.
+            easy_share: Share of the positions that give the student little gradient, see ``focus_on_hard``.
 
         Returns:
             Each term as a scalar by its name, unweighted, and ``loss``, their weighted sum. Plain RD has no noisy
@@ -84,11 +80,11 @@ class RDPPLoss(nn.Module):
             teacher, noisy_teacher, projected, noisy_projected, student = (
                 [feature.float().contiguous() for feature in scales] for scales in features
             )
-            terms = {"distillation": self.distillation(teacher, student)}
+            terms = {"distillation": self.distillation(teacher, focus_on_hard(student, teacher, easy_share))}
             if noisy_projected:
                 terms["reconstruction"] = reconstruction_loss(noisy_projected, projected)
                 terms["contrast"] = contrast_loss(noisy_teacher, projected)
-                if self.transport == "paper":
+                if self.weights["transport_weight"]:
                     terms["transport"] = transport_loss(projected, self.transport_positions)
             projection = sum(
                 self.weights[f"{name}_weight"] * term for name, term in terms.items() if name != "distillation"
@@ -108,7 +104,7 @@ def reconstruction_loss(noisy_projected: list[torch.Tensor], projected: list[tor
 def contrast_loss(
     noisy_teacher: list[torch.Tensor],
     projected: list[torch.Tensor],
-    margin: float = 0.5,  # of the published program
+    margin: float = 0.5,  # of the official code
 ) -> torch.Tensor:
     """Cosine of noisy teacher and normal projection ``(B, C, H, W)``, each image flattened, as far as above margin."""
     return sum(
@@ -121,8 +117,8 @@ def transport_loss(projected: list[torch.Tensor], positions: int = 64) -> torch.
     """Debiased Sinkhorn divergence between the projected features of pairs of images of a batch.
 
     Each image is a cloud of feature vectors of unit length, one per position; its partner is the next image of the
-    (shuffled) batch. A batch of one has no pairs and costs 0. Where the program compares a batch with itself in another
-    order, which is always 0, this is the paper's "pair-wise feature spaces in a mini-batch" (section 3.3).
+    (shuffled) batch. A batch of one has no pairs and costs 0. Where the official code compares a batch with itself in
+    another order, which is always 0, this is the paper's "pair-wise feature spaces in a mini-batch" (section 3.3).
 
     Args:
         projected: ``(B, C, H, W)`` per scale.

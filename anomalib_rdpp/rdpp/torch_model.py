@@ -12,13 +12,12 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.student import Student
-from anomalib_rdpp.synthesis.noise import SimplexNoise
+from anomalib_rdpp.student import build_student
 from anomalib_rdpp.teacher import Teacher, check_images
 
 
 class RDPPFeatures(NamedTuple):
-    """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse; plain RD has no noisy ones."""
+    """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse; noisy ones may be none."""
 
     teacher: list[torch.Tensor]
     noisy_teacher: list[torch.Tensor]
@@ -28,15 +27,22 @@ class RDPPFeatures(NamedTuple):
 
 
 class RDPPModel(nn.Module):
-    """Teacher, projection, student; in training also the noise that the projection learns to remove.
+    """Teacher, projection, student.
 
     Args:
         backbone: timm name of the teacher.
-        layers: Its three layers, fine to coarse.
         pre_trained: Whether the teacher takes ImageNet weights.
         teacher_weights: File with the teacher's weights instead.
-        noise: Adds pseudo-anomalies to images; None for the paper's.
-        projection: False for plain RD (CVPR 2022), whose student sees the teacher's features as they are.
+        student: ``paper``, ``light`` or ``auto``, see ``build_student``.
+        width: Channels inside the light student, relative to the teacher's.
+        projection: True for the paper's, ``light`` for one with a fraction of its multiply-adds, False for plain RD
+            (CVPR 2022), whose student sees the teacher's features as they are.
+        score: What of the map is the image's score, see ``AnomalyMapGenerator``.
+        score_fraction: Share of the map's pixels that ``score="top"`` averages.
+
+    Raises:
+        ValueError: If an argument is not admissible.
+        FileNotFoundError: If the file of teacher weights doesn't exist.
 
     Examples:
         >>> model = RDPPModel("resnet18", pre_trained=False).eval()
@@ -47,27 +53,32 @@ class RDPPModel(nn.Module):
     def __init__(
         self,
         backbone: str = "wide_resnet50_2.tv_in1k",
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
         pre_trained: bool = True,
         teacher_weights: str | None = None,
-        noise: SimplexNoise | None = None,
-        projection: bool = True,
+        student: str = "auto",
+        width: float = 1.0,
+        projection: bool | str = True,
+        score: str = "max",
+        score_fraction: float = 0.01,
     ) -> None:
         super().__init__()
-        self.teacher = Teacher(backbone, layers, pre_trained, teacher_weights)
-        self.is_projecting = projection
-        self.projections = nn.ModuleList(
-            Projection(channels) if projection else nn.Identity() for channels in self.teacher.channels
-        )
-        self.student = Student(backbone)
-        self.anomaly_map_generator = AnomalyMapGenerator()
-        self.noise = noise or SimplexNoise()
+        self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
+        self.teacher = Teacher(backbone, pre_trained, teacher_weights)
+        self.is_projecting = projection is not False
+        self.projections = build_projections(self.teacher.channels, projection)
+        self.student = build_student(self.teacher, student, width)
 
-    def forward(self, images: torch.Tensor) -> RDPPFeatures | InferenceBatch:
+    def forward(
+        self,
+        images: torch.Tensor,
+        noisy_images: torch.Tensor | None = None,
+    ) -> RDPPFeatures | InferenceBatch:
         """Give the loss its features in training, map and score in evaluation.
 
         Args:
             images: ``(B, 3, H, W)`` in [0, 1], H and W multiples of 32.
+            noisy_images: The same with pseudo-anomalies, which the projection learns to remove; training only. Without
+                them, and for plain RD, there are no noisy features.
 
         Returns:
             ``RDPPFeatures`` in ``train()``, ``InferenceBatch`` in ``eval()``.
@@ -76,17 +87,18 @@ class RDPPModel(nn.Module):
             ValueError: If the images have not three channels or their sides are no multiples of 32.
         """
         check_images(images)
-        noisy_teacher, noisy_projected = [], []
-        if self.training and self.is_projecting:
-            noisy_teacher = self.teacher(self.noise(images))  # a batch of its own: twice the batch is slower on a CPU
-            noisy_projected = self.project(noisy_teacher)
+        noisy_teacher: list[torch.Tensor] = []
+        if self.training and self.is_projecting and noisy_images is not None:
+            noisy_teacher = self.teacher(noisy_images)  # a batch of its own: twice the batch is slower on a CPU
+        noisy_projected = self.project(noisy_teacher) if noisy_teacher else []
 
         teacher = self.teacher(images)
         projected = self.project(teacher)
         student = self.student(projected)
         if self.training:
             return RDPPFeatures(teacher, noisy_teacher, projected, noisy_projected, student)
-        return self.anomaly_map_generator(teacher, student, images.shape[-2:])
+        prediction: InferenceBatch = self.anomaly_map_generator(teacher, student, images.shape[-2:])
+        return prediction
 
     def project(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Project each scale; same shapes."""
@@ -97,7 +109,7 @@ class Projection(nn.Sequential):
     """Four 3x3 convolutions C, C/2, C/4, C/2, C, each with instance norm and leaky ReLU, the last one too.
 
     Args:
-        channels: C, a multiple of 4.
+        channels: C; widths that it doesn't divide to are rounded down.
 
     Examples:
         >>> Projection(16)(torch.rand(2, 16, 8, 8)).shape
@@ -105,15 +117,41 @@ class Projection(nn.Sequential):
     """
 
     def __init__(self, channels: int) -> None:
-        widths = [channels, channels // 2, channels // 4, channels // 2, channels]
+        widths = [channels, max(channels // 2, 1), max(channels // 4, 1), max(channels // 2, 1), channels]
+        super().__init__(*(layer for pair in pairwise(widths) for layer in _convolve(*pair, 3)))
+
+
+class LightProjection(nn.Sequential):
+    """Convolutions 1x1, 3x3, 1x1 at a quarter of the channels, each with instance norm and leaky ReLU.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        quarter = max(channels // 4, 1)
         super().__init__(
-            *(
-                layer
-                for width_in, width_out in pairwise(widths)
-                for layer in (
-                    nn.Conv2d(width_in, width_out, 3, padding=1),
-                    nn.InstanceNorm2d(width_out),
-                    nn.LeakyReLU(),
-                )
-            ),
+            *_convolve(channels, quarter, 1), *_convolve(quarter, quarter, 3), *_convolve(quarter, channels, 1)
         )
+
+
+def build_projections(channels: Sequence[int], projection: bool | str) -> nn.ModuleList:
+    """Build a projection per scale, none for plain RD.
+
+    Raises:
+        ValueError: If there is no such projection.
+    """
+    kinds: dict[bool | str, type[nn.Module]] = {True: Projection, False: nn.Identity, "light": LightProjection}
+    if projection not in kinds:
+        msg = f"projection must be true, false or 'light', got '{projection}'."
+        raise ValueError(msg)
+    return nn.ModuleList(kinds[projection](count) for count in channels)
+
+
+def _convolve(width_in: int, width_out: int, kernel: int) -> tuple[nn.Module, ...]:
+    """Convolution with bias, instance norm without parameters, leaky ReLU."""
+    return (
+        nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2),
+        nn.InstanceNorm2d(width_out),
+        nn.LeakyReLU(),
+    )

@@ -1,6 +1,6 @@
 """Texture anomalies in the shape of Perlin noise, what AAND's amplifier learns from.
 
-The host's generator makes shape and texture; what is added here is that they stay on the object, and a mask of exactly
+anomalib's generator makes shape and texture; what is added here is that they stay on the object, and a mask of exactly
 the pixels that changed. Numbers from Tang et al., IEEE TIP 2026, stage one.
 """
 
@@ -21,7 +21,7 @@ from anomalib_rdpp.teacher import check_images
 
 FOREGROUNDS = ("none", "estimate")
 TEXTURES = {".jpg", ".jpeg", ".png"}
-ATTEMPTS = 10  # to hit the foreground, the host's number for an empty shape
+ATTEMPTS = 10  # to hit the foreground, anomalib's number for an empty shape
 
 
 class TextureAnomalies(nn.Module):
@@ -50,7 +50,7 @@ class TextureAnomalies(nn.Module):
         texture_dir: str | None = None,
         foreground: str = "none",
         foreground_dir: str | None = None,
-        # The paper's "half of the images", the host's default too; the published program is said to take 80 %.
+        # The paper's "half of the images", anomalib's default too; the official code is said to take 80 %.
         probability: float = 0.5,
         opacity: tuple[float, float] = (0.2, 1.0),  # 1 - beta, beta uniform in [0, 0.8]
     ) -> None:
@@ -65,7 +65,7 @@ class TextureAnomalies(nn.Module):
             msg = f"The share of images with an anomaly must be within 0 and 1, got {probability}."
             raise ValueError(msg)
         self.generator = PerlinAnomalyGenerator()
-        if texture_dir is not None:  # in an order that all machines share; the host leaves out upper-case suffixes
+        if texture_dir is not None:  # in an order that all machines share; anomalib leaves out upper-case suffixes
             files = sorted(Path(texture_dir).rglob("*"))
             self.generator.anomaly_source_paths = [path for path in files if path.suffix.lower() in TEXTURES]
         self.texture_dir = texture_dir
@@ -161,12 +161,12 @@ class TextureAnomalies(nn.Module):
 def estimate_foreground(images: torch.Tensor, sigma: float = 1 / 32) -> torch.Tensor:
     """Take for foreground what stands out from the border of a blurred grey image.
 
-    One threshold per image (Otsu) where the published program has one per category. Meant for one object before an even
+    One threshold per image (Otsu) where the official code has one per category. Meant for one object before an even
     background; a texture, or an object that fills the border, is better served by ``none``.
 
     Args:
         images: ``(B, 3, H, W)``.
-        sigma: Of the blur, relative to the shorter side: the program's 8 pixels of 256.
+        sigma: Of the blur, relative to the shorter side: the official code's 8 pixels of 256.
 
     Returns:
         Boolean ``(B, 1, H, W)``; all of it for an image without contrast.

@@ -1,6 +1,6 @@
 """Simplex-noise patches, the pseudo-anomalies of RD++.
 
-Source: Tien et al., CVPR 2023, section 3.2; the published program's numbers (MIT). Its generator is seeded once, so
+Source: Tien et al., CVPR 2023, section 3.2; the official code's numbers (MIT). Its generator is seeded once, so
 that every patch is the same field from its corner; here each image has a field of its own, as the paper reads.
 """
 

@@ -17,8 +17,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
 from anomalib_rdpp import RDPP
-from anomalib_rdpp.checkpoints import load_checkpoint, load_published, save_checkpoint, to_published
-from anomalib_rdpp.convert import main
+from anomalib_rdpp.published import load_checkpoint, load_published, main, save_checkpoint, to_published
 
 CHANNELS = {"resnet18": (64, 128, 256), "resnet50": (256, 512, 1024), "wide_resnet50_2": (256, 512, 1024)}
 CASES = [*((backbone, True) for backbone in CHANNELS), ("resnet18", False)]  # RD++, RD
@@ -26,14 +25,14 @@ TINY = {"backbone": "resnet18", "pre_trained": False}
 
 
 def student(backbone):
-    """Give bottleneck and decoder of the published programs, as the host builds them, without weights."""
+    """Give bottleneck and decoder of the official code, as anomalib builds them, without weights."""
     with torch.device("meta"):
         width = 128 if backbone.startswith("wide") else 64
         return get_bottleneck_layer(backbone, width_per_group=width), get_decoder(backbone)
 
 
 def published(backbone="resnet18", projection=True):
-    """Give random weights and statistics in the layout of the published programs, built without our code."""
+    """Give random weights and statistics in the layout of the official code, built without our code."""
     bn, decoder = (network.to_empty(device="cpu") for network in student(backbone))
     stored = {"decoder": decoder.state_dict(), "bn": bn.state_dict()}
     for values in stored.values():
@@ -142,16 +141,29 @@ def test_leftovers_of_published_files_are_tolerated(file):
     assert_equal(to_published(load_published(file, **TINY)), expected)
 
 
+def test_prefix_of_data_parallel_is_stripped(file):
+    stored = torch.load(file, weights_only=True)
+    torch.save(
+        {part: {f"module.{name}": value for name, value in values.items()} for part, values in stored.items()}, file
+    )
+    assert_equal(to_published(load_published(file, **TINY)), stored)
+
+
+def test_light_student_has_no_published_layout():
+    with pytest.raises(ValueError, match="this model's are light ones"):
+        to_published(RDPP(**TINY, student="light"))
+
+
 def test_untagged_backbone_gets_the_teacher_of_the_published_programs(file, monkeypatch):
     built = {}
-    monkeypatch.setattr("anomalib_rdpp.checkpoints.RDPP", lambda backbone, **_: built.update(name=backbone) or 1 / 0)
+    monkeypatch.setattr("anomalib_rdpp.published.RDPP", lambda backbone, **_: built.update(name=backbone) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_published(file, "resnet18")
     assert built["name"] == "resnet18.tv_in1k"
 
 
 def test_file_is_checked_before_the_teacher_is_built(file, monkeypatch):
-    monkeypatch.setattr("anomalib_rdpp.checkpoints.RDPP", lambda *_, **__: pytest.fail("the teacher was built"))
+    monkeypatch.setattr("anomalib_rdpp.published.RDPP", lambda *_, **__: pytest.fail("the teacher was built"))
     with pytest.raises(ValueError, match="doesn't fit"):
         load_published(file)
 
@@ -167,7 +179,7 @@ def test_checkpoint_gives_the_same_model_back(projection, tmp_path):
 
 
 @pytest.mark.parametrize("projection", [True, False], ids=["RD++", "RD"])
-def test_host_tests_and_predicts_from_the_checkpoint(projection, tiny_folder, tiny_data, tmp_path):
+def test_anomalib_tests_and_predicts_from_the_checkpoint(projection, tiny_folder, tiny_data, tmp_path):
     torch.save(published(projection=projection), tmp_path / "published.pth")
     save_checkpoint(load_published(tmp_path / "published.pth", **TINY), tmp_path / "model.ckpt")
     engine = Engine(default_root_dir=tmp_path, accelerator="cpu", devices=1, logger=False)
@@ -192,7 +204,7 @@ def test_openvino_model_by_two_commands(file, tmp_path):
         subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=environment, check=True, capture_output=True)
 
     model = ["--model", "RDPP", "--model.backbone", "resnet18", "--model.pre_trained", "false"]
-    run("anomalib_rdpp.convert", file.name, "model.ckpt", "--backbone", "resnet18", "--no-pre-trained")
+    run("anomalib_rdpp.published", file.name, "model.ckpt", "--backbone", "resnet18", "--no-pre-trained")
     run("anomalib.cli.cli", "export", *model, "--export_type", "openvino", "--ckpt_path", "model.ckpt")
     exported = ov.Core().compile_model(next(tmp_path.rglob("model.xml")), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     images = torch.rand(1, 3, 256, 256)
@@ -289,6 +301,12 @@ def anomalib_checkpoint(path):
     save_checkpoint(RDPP(**TINY), path)
 
 
+def all_nan(path):
+    stored = published()
+    stored["decoder"]["layer1.0.conv1.weight"].fill_(float("nan"))
+    torch.save(stored, path)
+
+
 def missing(path):
     del path
 
@@ -297,7 +315,7 @@ BAD = {
     with_code: "was not loaded: it holds posix.mkdir, and objects other than tensors can run code",
     plain_pickle_with_code: "was not loaded",
     old_pickle_with_code: "was not loaded: it holds posix.mkdir, and objects other than tensors can run code",
-    whole_module: "was not loaded: it holds anomalib_rdpp.distillation.Student",
+    whole_module: "was not loaded: it holds anomalib_rdpp.student.Student",
     truncated: "damaged, incomplete or no PyTorch file",
     empty: "damaged, incomplete or no PyTorch file",
     text: "damaged, incomplete or no PyTorch file",
@@ -311,6 +329,7 @@ BAD = {
     parts_that_are_no_dicts: "expected the state dicts bn and decoder",
     list_of_tensors: "holds a list, not a dict of state dicts",
     anomalib_checkpoint: "a checkpoint of anomalib needs no conversion",
+    all_nan: r"holds NaN or infinite numbers in 1 entries \(decoder.layer1.0.conv1.weight\)",
     missing: "No file at",
 }
 
@@ -338,7 +357,7 @@ def test_file_truncated_anywhere_is_refused(share, file, tmp_path):
 
 
 def test_unknown_backbone_names_those_there_are(file):
-    with pytest.raises(ValueError, match="choose one of resnet18"):
+    with pytest.raises(ValueError, match="No published file has backbone 'vgg16'; choose one of resnet18"):
         load_published(file, "vgg16")
 
 

@@ -1,0 +1,326 @@
+"""Published weights of RD and RD++, in and out.
+
+``python -m anomalib_rdpp.published PUBLISHED.pth MODEL.ckpt --backbone wide_resnet50_2.tv_in1k`` and
+``python -m anomalib_rdpp.published MODEL.ckpt PUBLISHED.pth --to-published``
+
+The authors' official code saves the state dicts of what it trains: ``bn``, ``decoder`` and, in RD++, ``proj``.
+Bottleneck and decoder have anomalib's names there; the projections are ``proj_a``, ``proj_b``, ``proj_c``, fine to
+coarse. No file holds the teacher, which is torchvision's first ImageNet network (``tv_in1k``) for all of them.
+
+Source: files of the official code of RD (Deng & Li, CVPR 2022) and RD++ (Tien et al., CVPR 2023), both MIT.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from anomalib_rdpp.rdpp.lightning_model import RDPP
+from anomalib_rdpp.rdpp.torch_model import RDPPModel
+from anomalib_rdpp.student import PAPER
+from anomalib_rdpp.teacher import architecture
+
+SCALES = "abc"  # how the official code names its projections, fine to coarse
+PARTS = ({"bn", "decoder"}, {"bn", "decoder", "proj"})  # of RD, of RD++
+
+Weights = dict[str, dict[str, torch.Tensor]]
+
+
+def load_published(
+    path: str | Path,
+    backbone: str = "wide_resnet50_2.tv_in1k",
+    pre_trained: bool = True,
+    teacher_weights: str | None = None,
+) -> RDPP:
+    """Load a file of RD++'s or RD's official code.
+
+    The file has no thresholds. Until ``Engine.validate`` has found them on your data, scores and maps are the raw ones,
+    from 0 to 6, and anomalib's post-processor compares them with 0.5: labels, masks and F1 mean nothing yet, while
+    AUROC and AUPRO need no threshold. ``anomalib validate`` keeps nothing; in Python, what follows has thresholds::
+
+        engine.validate(model, datamodule=data)
+        engine.export(model, "openvino")
+        engine.trainer.save_checkpoint("model.ckpt")
+
+    Args:
+        path: The file. With ``proj`` it is RD++, without it RD, a model without projection.
+        backbone: timm name of the teacher that the file was trained with. Without tag, and if ImageNet weights are
+            fetched, it is torchvision's first set (``tv_in1k``), the authors' own, and not timm's default.
+        pre_trained: Whether the teacher takes ImageNet weights, from timm's cache or by download.
+        teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
+
+    Returns:
+        The model, in training mode as if newly built: call ``eval()`` before you call it by hand.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it can't be loaded safely, is damaged, is of other code or of another backbone.
+
+    Examples:
+        >>> from tempfile import mkdtemp
+        >>> path = f"{mkdtemp()}/published.pth"
+        >>> torch.save(to_published(RDPP("resnet18", pre_trained=False)), path)
+        >>> model = load_published(path, "resnet18", pre_trained=False).eval()
+        >>> model(torch.rand(1, 3, 256, 256)).anomaly_map.shape
+        torch.Size([1, 1, 256, 256])
+    """
+    weights = read_published(path, backbone)  # before the teacher, which may have to be fetched
+    if pre_trained and teacher_weights is None and "." not in backbone:
+        backbone = f"{backbone}.tv_in1k"
+    model = RDPP(backbone, pre_trained=pre_trained, teacher_weights=teacher_weights, projection="proj" in weights)
+    for part, network in _parts(model.model).items():
+        network.load_state_dict(weights[part])
+    return model
+
+
+def to_published(model: RDPP) -> Weights:
+    """Give a model's weights in the published layout, ready for ``torch.save`` and for the authors' official code.
+
+    What that doesn't keep is not in it: teacher, thresholds, hyper-parameters.
+
+    Args:
+        model: RD++, or RD, that is ``RDPP(projection=False)``.
+
+    Returns:
+        Copies on the CPU.
+
+    Raises:
+        ValueError: If student or projection are not the papers'.
+    """
+    if type(model.model.student).__name__ != "Student" or model.hparams.projection == "light":
+        msg = "The published layout holds the papers' student and projection alone; this model's are light ones."
+        raise ValueError(msg)
+    return {
+        part: {name: value.cpu().clone() for name, value in network.state_dict().items()}
+        for part, network in _parts(model.model).items()
+    }
+
+
+def read_published(path: str | Path, backbone: str) -> Weights:
+    """Read a published file and check every name, shape and number, without building a network.
+
+    Args:
+        path: The file.
+        backbone: timm name of the teacher.
+
+    Returns:
+        Exactly the tensors of the layout. ``memory`` entries, left over in some files, are dropped; counters of
+        BatchNorm batches, absent from some, are 0; ``module.`` before each name, of DataParallel, is stripped.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it can't be loaded safely, is damaged, is of other code or of another backbone.
+    """
+    stored = _read(path)
+    if set(stored) not in PARTS or not all(isinstance(values, dict) for values in stored.values()):
+        msg = (
+            f"'{path}' holds {_listed(stored)}; expected the state dicts bn and decoder (RD), or bn, decoder and proj "
+            "(RD++). Give a file that the official code wrote; a checkpoint of anomalib needs no conversion."
+        )
+        raise ValueError(msg)
+    if architecture(backbone) not in PAPER:
+        msg = f"No published file has backbone '{backbone}'; choose one of {', '.join(PAPER)}, with or without tag."
+        raise ValueError(msg)
+    stored = {
+        part: {str(name).removeprefix("module."): value for name, value in values.items()}
+        for part, values in stored.items()
+    }
+    expected = _expected(architecture(backbone), "proj" in stored)
+    if wrong := _differences(stored, expected):
+        fitting = [name for name in PAPER if not _differences(stored, _expected(name, "proj" in stored))]
+        advice = f"It fits {fitting[0]}: name that backbone." if fitting else "No other backbone fits it either."
+        msg = (
+            f"'{path}' doesn't fit backbone '{backbone}': {len(wrong)} entries are missing, unknown or of another "
+            f"shape ({_listed(wrong)}). {advice}"
+        )
+        raise ValueError(msg)
+    weights = {
+        part: {name: stored[part].get(name, torch.zeros(shape, dtype=torch.long)) for name, shape in shapes.items()}
+        for part, shapes in expected.items()
+    }
+    broken = [f"{part}.{name}" for part in weights for name, value in weights[part].items() if not _is_finite(value)]
+    if broken:
+        msg = (
+            f"'{path}' holds NaN or infinite numbers in {len(broken)} entries ({_listed(broken)}): its training "
+            "diverged or the file is damaged. Take an earlier file, or fetch it again."
+        )
+        raise ValueError(msg)
+    return weights
+
+
+def load_checkpoint(path: str | Path) -> RDPP:
+    """Load an anomalib checkpoint of ``RDPP``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it can't be loaded safely, is damaged or is no such checkpoint.
+    """
+    stored = _read(path)
+    if "state_dict" not in stored or "pytorch-lightning_version" not in stored:
+        msg = (
+            f"'{path}' is no anomalib checkpoint: it holds {_listed(stored)}. Give one that anomalib's training wrote."
+        )
+        raise ValueError(msg)
+    try:
+        return RDPP.load_from_checkpoint(path, map_location="cpu")
+    except (RuntimeError, TypeError) as error:
+        msg = f"'{path}' is an anomalib checkpoint of another model than RDPP, which alone has a published layout."
+        raise ValueError(msg) from error
+
+
+def save_checkpoint(model: RDPP, path: str | Path) -> None:
+    """Write the anomalib checkpoint that ``anomalib train`` would have written, teacher included, without optimiser."""
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path, weights_only=False)  # True would leave the pre-processor's configuration out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and convert; what is wrong with it or with the file is one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m anomalib_rdpp.published",
+        description="Turn published weights of RD or RD++ into an anomalib checkpoint, or back.",
+        epilog="The written checkpoint has no thresholds: see help(anomalib_rdpp.load_published).",
+    )
+    parser.add_argument("checkpoint", type=Path, help="file of the official code; an RDPP checkpoint to go back")
+    parser.add_argument("out", type=Path, help="file to write: .ckpt for anomalib, .pth for the official code")
+    parser.add_argument("--to-published", action="store_true", help="go back, to the layout of the official code")
+    parser.add_argument(
+        "--backbone",
+        help="teacher of the file, by its timm name; without tag torchvision's first weights (default: "
+        "wide_resnet50_2.tv_in1k)",
+    )
+    parser.add_argument("--teacher-weights", help="file with the teacher's state dict, instead of a download")
+    parser.add_argument("--no-pre-trained", action="store_true", help="leave the teacher random: for trials")
+    parser.add_argument("--force", action="store_true", help="write over OUT if it exists")
+    options = parser.parse_args(arguments)
+    if options.to_published and (options.backbone or options.teacher_weights or options.no_pre_trained):
+        parser.error("--to-published takes backbone and teacher from the checkpoint: leave those options out")
+    if options.out.exists() and not options.force:
+        parser.error(f"'{options.out}' exists: choose another name, or write over it with --force")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        message = _back(options) if options.to_published else _to_anomalib(options)
+    except (OSError, RuntimeError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    sys.stdout.write(f"{message}\n")
+
+
+def _to_anomalib(options: argparse.Namespace) -> str:
+    """Convert a published file; say what comes next."""
+    named = {"backbone": options.backbone} if options.backbone else {}
+    named |= {"pre_trained": not options.no_pre_trained, "teacher_weights": options.teacher_weights}
+    model = load_published(options.checkpoint, **named)
+    _write(options.out, lambda path: save_checkpoint(model, path))
+    projection = "" if model.hparams.projection else " --model.projection false"
+    return (
+        f"Wrote {options.out}: {_method(model)} with backbone {model.hparams.backbone}. To export it:\n"
+        f"  anomalib export --model RDPP --model.backbone {model.hparams.backbone} --model.pre_trained false{projection}"
+        f" --export_type openvino --ckpt_path {options.out}\n"
+        "The published file has no thresholds: scores are raw (0 to 6), labels and masks mean nothing until "
+        "Engine.validate has run on your data. AUROC and AUPRO need none."
+    )
+
+
+def _back(options: argparse.Namespace) -> str:
+    """Convert an anomalib checkpoint."""
+    model = load_checkpoint(options.checkpoint)
+    _write(options.out, lambda path: torch.save(to_published(model), path))
+    return f"Wrote {options.out}: {_method(model)} in the published layout, without teacher and thresholds."
+
+
+def _method(model: RDPP) -> str:
+    """Name the method as its authors do."""
+    return "RD++" if model.hparams.projection else "RD"
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the target, then rename: nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """Load a file of plain tensors in dicts; never anything that could run code."""
+    if not Path(path).is_file():
+        msg = f"No file at '{path}': give the path of a checkpoint."
+        raise FileNotFoundError(msg)
+    try:
+        stored = torch.load(path, "cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # What a foreign file makes torch raise has no end, and its text advises to load unsafely.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds {found[1]}, and objects other than tensors can run code. Ask for a file of state dicts alone."
+            if found
+            else "it is damaged, incomplete or no PyTorch file of plain tensors. Fetch it again and compare its size."
+        )
+        msg = f"'{path}' was not loaded: {reason}"
+        raise ValueError(msg) from error
+    if not isinstance(stored, dict):
+        msg = f"'{path}' holds a {type(stored).__name__}, not a dict of state dicts: give the checkpoint itself."
+        raise ValueError(msg)  # noqa: TRY004  the file is wrong, not the caller's type
+    return stored
+
+
+def _parts(network: RDPPModel) -> dict[str, nn.Module]:
+    """Parts of a network with the names that they and their weights have in published files."""
+    parts: dict[str, nn.Module] = {"bn": network.student.bottleneck, "decoder": network.student.decoder}
+    if network.is_projecting:
+        pairs = zip(SCALES, network.projections, strict=True)
+        parts["proj"] = nn.ModuleDict({f"proj_{letter}": nn.ModuleDict({"proj": part}) for letter, part in pairs})
+    return parts
+
+
+def _expected(name: str, projection: bool) -> dict[str, dict[str, torch.Size]]:
+    """Shape of every entry of a published file, by its part and name."""
+    with torch.device("meta"):
+        parts = _parts(RDPPModel(name, pre_trained=False, projection=projection))
+    return {part: {key: value.shape for key, value in network.state_dict().items()} for part, network in parts.items()}
+
+
+def _differences(stored: dict[str, dict[str, Any]], expected: dict[str, dict[str, torch.Size]]) -> list[str]:
+    """Names of what is missing, of another shape or no tensor, or unknown.
+
+    Counters of batches came later to torch than BatchNorm; ``memory`` is what RD's official code drops from its files.
+    """
+    wrong = []
+    for part, shapes in expected.items():
+        for name in {**shapes, **stored[part]}:
+            is_there, is_known = name in stored[part], name in shapes
+            if is_there and is_known:
+                is_right = getattr(stored[part][name], "shape", None) == shapes[name]
+            else:
+                is_right = name.endswith("num_batches_tracked") or (is_there and "memory" in name)
+            wrong += [] if is_right else [f"{part}.{name}"]
+    return wrong
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Whether all numbers are finite."""
+    return bool(torch.isfinite(value).all())
+
+
+def _listed(names: Iterable[object], limit: int = 4) -> str:
+    """First names of many."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") or "nothing"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Teacher and student: any CNN of timm, weights from files, and what is refused."""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from anomalib_rdpp import AAND, RDPP
+from anomalib_rdpp.student import LightStudent, Student, build_student
+from anomalib_rdpp.teacher import Teacher
+
+TINY = {"backbone": "resnet18", "pre_trained": False}
+EDGE = ["test_resnet", "mobilenetv4_conv_small", "tf_efficientnet_lite0", "hgnetv2_b0", "convnext_atto"]
+
+
+@pytest.mark.parametrize("backbone", EDGE)
+def test_any_cnn_is_a_teacher_with_a_student_that_mirrors_it(backbone):
+    teacher = Teacher(backbone, pre_trained=False)
+    features = teacher(torch.rand(2, 3, 64, 96))
+    assert [tuple(f.shape[2:]) for f in features] == [(16, 24), (8, 12), (4, 6)]
+    assert [f.shape[1] for f in features] == teacher.channels
+    student = build_student(teacher, width=0.25)
+    assert [f.shape for f in student(features)] == [f.shape for f in features]
+
+
+@pytest.mark.parametrize("model_class", [RDPP, AAND])
+def test_odd_channels_are_no_obstacle(model_class):
+    model = model_class("regnety_002", pre_trained=False, student="light", width=0.3).eval()
+    assert model.model.teacher.channels == [24, 56, 152]
+    assert model.model(torch.rand(1, 3, 64, 64)).anomaly_map.shape == (1, 1, 64, 64)
+    assert model_class("ghostnet_100", pre_trained=False, width=0.1)  # 24, 40, 80
+
+
+def test_paper_teachers_have_the_papers_student_unless_told():
+    teacher = Teacher("resnet18", pre_trained=False)
+    assert type(build_student(teacher)) is Student
+    assert type(build_student(teacher, "light", 0.5)) is LightStudent
+    sizes = [
+        sum(p.numel() for p in build_student(teacher, *kind).parameters()) for kind in (("paper",), ("light", 0.5))
+    ]
+    assert sizes[1] < sizes[0] / 5
+
+
+@pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "test_efficientnet"])
+def test_stages_that_nobody_reads_are_left_out(backbone):
+    part = sum(p.numel() for p in Teacher(backbone, pre_trained=False).parameters())
+    assert part < sum(p.numel() for p in timm.create_model(backbone, features_only=True).parameters())
+
+
+def test_teacher_normalises_as_its_network_was_trained():
+    assert Teacher("tf_efficientnet_lite0", pre_trained=False).mean.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "resnet19"}, "knows no network 'resnet19': did you mean resnet1"),
+        ({"backbone": "vit_tiny_patch16_224"}, "'vit_tiny_patch16_224' is a vision transformer: its attention"),
+        ({"backbone": "swin_tiny_patch4_window7_224"}, "is a vision transformer"),
+        ({"backbone": "convmixer_768_32"}, r"features at strides \[7, 7, 7\], but 4, 8 and 16 are needed"),
+        ({"backbone": "inception_v3"}, "choose a CNN that pads its convolutions"),
+        ({"backbone": "test_resnet", "student": "paper"}, "no student for 'test_resnet', only for resnet18"),
+        ({"student": "heavy"}, "student must be one of auto, paper, light, got 'heavy'"),
+        ({"student": "light", "width": 0.0}, "width must be above 0, got 0.0"),
+        ({"student": "light", "width": -1.0}, "width must be above 0, got -1.0"),
+        ({"width": 0.5}, "width 0.5 is an option of the light student"),
+    ],
+)
+@pytest.mark.parametrize("model_class", [RDPP, AAND])
+def test_bad_teacher_or_student_is_named(model_class, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model_class(**{**TINY, **arguments})
+
+
+def test_missing_teacher_without_a_network_is_three_lines_within_ten_seconds(tmp_path):
+    code = "from anomalib_rdpp.teacher import Teacher; Teacher('resnet34.tv_in1k')"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    start = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert time.perf_counter() - start < 60, "most of it are imports"
+    said = ended.stderr[ended.stderr.rindex("FileNotFoundError") :].strip().splitlines()
+    assert len(said) == 3
+    assert "No ImageNet weights of 'resnet34.tv_in1k'" in said[0]
+    assert "--model.teacher_weights FILE" in said[1]
+    assert "--model.pre_trained false" in said[2]
+
+
+# -- weights from a file
+
+
+def saved(tmp_path, backbone="resnet18", name="teacher.pt"):
+    network = Teacher(backbone, pre_trained=False).network
+    state = {
+        key: torch.rand_like(value) if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)({**state, "fc.weight": torch.rand(2, 2)}, path)
+    return path, state
+
+
+@pytest.mark.parametrize("name", ["teacher.pt", "teacher.safetensors"])
+def test_teacher_takes_a_local_file(tmp_path, name):
+    path, state = saved(tmp_path, name=name)
+    teacher = RDPP(backbone="resnet18", teacher_weights=str(path)).model.teacher
+    for key, value in teacher.network.state_dict().items():
+        torch.testing.assert_close(value, state[key])
+
+
+def test_missing_teacher_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"No teacher weights at 'nowhere\.pt'"):
+        RDPP(backbone="resnet18", teacher_weights="nowhere.pt")
+
+
+def test_truncated_teacher_file_is_refused(tmp_path):
+    path, _ = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no readable state dict"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
+
+
+def test_teacher_file_with_code_is_refused(tmp_path):
+    path = tmp_path / "teacher.pt"
+    path.write_bytes(pickle.dumps(SimpleNamespace()))
+    with pytest.raises(ValueError, match="no readable state dict"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
+
+
+def test_teacher_file_of_another_network_is_refused(tmp_path):
+    path, _ = saved(tmp_path, "resnet50")
+    with pytest.raises(ValueError, match="weights of another network"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_efficientnet"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_teacher_takes_the_whole_network_or_the_part_that_is_read(tmp_path, backbone, prefix):
+    whole = timm.create_model(backbone)
+    expected = timm.create_model(backbone, features_only=True)
+    expected.load_state_dict(whole.state_dict(), strict=False)
+    torch.save({prefix + key: value for key, value in whole.state_dict().items()}, tmp_path / "whole.pt")
+    teacher = Teacher(backbone, weights=str(tmp_path / "whole.pt"))
+    torch.save({"state_dict": teacher.network.state_dict()}, tmp_path / "part.pt")
+    again = Teacher(backbone, weights=str(tmp_path / "part.pt"))
+    for key, value in teacher.network.state_dict().items():
+        assert torch.equal(again.network.state_dict()[key], value)
+    images = torch.rand(1, 3, 64, 64)
+    reductions = expected.feature_info.reduction() if hasattr(expected, "feature_info") else []
+    theirs = whole.eval().forward_intermediates((images - teacher.mean) / teacher.std, intermediates_only=True)
+    theirs = [f for f in theirs if f.shape[-1] in {16, 8, 4}]
+    assert reductions
+    for ours, feature in zip(teacher(images), theirs, strict=True):
+        torch.testing.assert_close(ours, feature, rtol=1e-4, atol=1e-5)
