@@ -244,7 +244,7 @@ def test_max_steps_count_as_epochs(tiny_data, tmp_path, arguments):
 
 
 def test_training_without_end_is_refused(tiny_data, tmp_path):
-    with pytest.raises(ValueError, match="max_epochs=-1 has no end"):
+    with pytest.raises(ValueError, match="this one has no end; set max_epochs or max_time"):
         engine(tmp_path, max_epochs=-1).fit(build(), datamodule=tiny_data)
 
 

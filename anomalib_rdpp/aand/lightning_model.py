@@ -47,7 +47,7 @@ class AAND(DistillationMixin, AnomalibModule):
         student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
             for one with fewer multiply-adds for any teacher; "auto" for the papers' where there is one.
         width: Channels inside the light student, relative to the teacher's.
-        recipe: "paper" for the paper's optimiser, whose rates fall to a fifth at 80 % and again at 90 % of a stage; "fast"
+        recipe: "paper" for the paper's optimiser, whose rates fall to a fifth at 80 % and 90 % of a stage; "fast"
             for AdamW, a warm-up and a cosine in either stage, and little gradient for what the student has
             already learnt.
         amplifier_share: Share of the training that stage one takes, between 0 and 1.
