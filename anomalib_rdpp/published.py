@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,6 @@ def to_published(model: RDPP) -> Weights:
 def read_published(path: str | Path, backbone: str) -> Weights:
     """Read a published file and check every name, shape and number, without building a network.
 
-    Args:
-        path: The file.
-        backbone: timm name of the teacher.
-
     Returns:
         Exactly the tensors of the layout. ``memory`` entries, left over in some files, are dropped; counters of
         BatchNorm batches, absent from some, are 0; ``module.`` before each name, of DataParallel, is stripped.
@@ -130,29 +126,30 @@ def read_published(path: str | Path, backbone: str) -> Weights:
         msg = f"No published file has backbone '{backbone}'; choose one of {', '.join(PAPER)}, with or without tag."
         raise ValueError(msg)
     stored = {
-        part: {str(name).removeprefix("module."): value for name, value in values.items()}
+        f"{part}.{str(name).removeprefix('module.')}": value
         for part, values in stored.items()
+        for name, value in values.items()
     }
-    expected = _expected(architecture(backbone), "proj" in stored)
+    is_projecting = any(name.startswith("proj.") for name in stored)
+    expected = _expected(architecture(backbone), is_projecting)
     if wrong := _differences(stored, expected):
-        fitting = [name for name in PAPER if not _differences(stored, _expected(name, "proj" in stored))]
+        fitting = [name for name in PAPER if not _differences(stored, _expected(name, is_projecting))]
         advice = f"It fits {fitting[0]}: name that backbone." if fitting else "No other backbone fits it either."
         msg = (
             f"'{path}' doesn't fit backbone '{backbone}': {len(wrong)} entries are missing, unknown or of another "
             f"shape ({_listed(wrong)}). {advice}"
         )
         raise ValueError(msg)
-    weights = {
-        part: {name: stored[part].get(name, torch.zeros(shape, dtype=torch.long)) for name, shape in shapes.items()}
-        for part, shapes in expected.items()
-    }
-    broken = [f"{part}.{name}" for part in weights for name, value in weights[part].items() if not _is_finite(value)]
-    if broken:
+    if broken := [name for name in expected if name in stored and not torch.isfinite(stored[name]).all()]:
         msg = (
             f"'{path}' holds NaN or infinite numbers in {len(broken)} entries ({_listed(broken)}): its training "
             "diverged or the file is damaged. Take an earlier file, or fetch it again."
         )
         raise ValueError(msg)
+    weights: Weights = {}
+    for name, shape in expected.items():
+        part, _, key = name.partition(".")
+        weights.setdefault(part, {})[key] = stored.get(name, torch.zeros(shape, dtype=torch.long))
     return weights
 
 
@@ -193,64 +190,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="file of the official code; an RDPP checkpoint to go back")
     parser.add_argument("out", type=Path, help="file to write: .ckpt for anomalib, .pth for the official code")
     parser.add_argument("--to-published", action="store_true", help="go back, to the layout of the official code")
-    parser.add_argument(
-        "--backbone",
-        help="teacher of the file, by its timm name; without tag torchvision's first weights (default: "
-        "wide_resnet50_2.tv_in1k)",
-    )
+    parser.add_argument("--backbone", help="teacher of the file, by its timm name (default: wide_resnet50_2.tv_in1k)")
     parser.add_argument("--teacher-weights", help="file with the teacher's state dict, instead of a download")
     parser.add_argument("--no-pre-trained", action="store_true", help="leave the teacher random: for trials")
     parser.add_argument("--force", action="store_true", help="write over OUT if it exists")
     options = parser.parse_args(arguments)
-    if options.to_published and (options.backbone or options.teacher_weights or options.no_pre_trained):
+    teacher = {"backbone": options.backbone, "teacher_weights": options.teacher_weights}
+    teacher = {name: value for name, value in teacher.items() if value}
+    if options.to_published and (teacher or options.no_pre_trained):
         parser.error("--to-published takes backbone and teacher from the checkpoint: leave those options out")
     if options.out.exists() and not options.force:
         parser.error(f"'{options.out}' exists: choose another name, or write over it with --force")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    part = options.out.with_name(f".{options.out.name}.{os.getpid()}.part")  # nobody ever sees half a file
     try:
-        message = _back(options) if options.to_published else _to_anomalib(options)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.to_published:
+            model = load_checkpoint(options.checkpoint)
+            torch.save(to_published(model), part)
+        else:
+            model = load_published(options.checkpoint, pre_trained=not options.no_pre_trained, **teacher)
+            save_checkpoint(model, part)
+        part.replace(options.out)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    sys.stdout.write(f"{message}\n")
-
-
-def _to_anomalib(options: argparse.Namespace) -> str:
-    """Convert a published file; say what comes next."""
-    named = {"backbone": options.backbone} if options.backbone else {}
-    named |= {"pre_trained": not options.no_pre_trained, "teacher_weights": options.teacher_weights}
-    model = load_published(options.checkpoint, **named)
-    _write(options.out, lambda path: save_checkpoint(model, path))
-    projection = "" if model.hparams.projection else " --model.projection false"
-    return (
-        f"Wrote {options.out}: {_method(model)} with backbone {model.hparams.backbone}. To export it:\n"
-        f"  anomalib export --model RDPP --model.backbone {model.hparams.backbone} --model.pre_trained false{projection}"
-        f" --export_type openvino --ckpt_path {options.out}\n"
-        "The published file has no thresholds: scores are raw (0 to 6), labels and masks mean nothing until "
-        "Engine.validate has run on your data. AUROC and AUPRO need none."
-    )
-
-
-def _back(options: argparse.Namespace) -> str:
-    """Convert an anomalib checkpoint."""
-    model = load_checkpoint(options.checkpoint)
-    _write(options.out, lambda path: torch.save(to_published(model), path))
-    return f"Wrote {options.out}: {_method(model)} in the published layout, without teacher and thresholds."
-
-
-def _method(model: RDPP) -> str:
-    """Name the method as its authors do."""
-    return "RD++" if model.hparams.projection else "RD"
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the target, then rename: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    projects, backbone = model.hparams.projection, model.hparams.backbone
+    text = f"Wrote {options.out}: {'RD++' if projects else 'RD'}"
+    if options.to_published:
+        text += " in the published layout, without teacher and thresholds.\n"
+    else:
+        text += (
+            f" with backbone {backbone}. To export it:\n  anomalib export --model RDPP --model.backbone {backbone} "
+            f"--model.pre_trained false{'' if projects else ' --model.projection false'} --export_type openvino "
+            f"--ckpt_path {options.out}\nThe published file has no thresholds: scores are raw (0 to 6), labels and "
+            "masks mean nothing until Engine.validate has run on your data. AUROC and AUPRO need none.\n"
+        )
+    sys.stdout.write(text)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -287,33 +264,27 @@ def _parts(network: RDPPModel) -> dict[str, nn.Module]:
     return parts
 
 
-def _expected(name: str, projection: bool) -> dict[str, dict[str, torch.Size]]:
-    """Shape of every entry of a published file, by its part and name."""
+def _expected(name: str, projection: bool) -> dict[str, torch.Size]:
+    """Shape of every entry of a published file, by part and name."""
     with torch.device("meta"):
         parts = _parts(RDPPModel(name, pre_trained=False, projection=projection))
-    return {part: {key: value.shape for key, value in network.state_dict().items()} for part, network in parts.items()}
+    return {
+        f"{part}.{key}": value.shape for part, network in parts.items() for key, value in network.state_dict().items()
+    }
 
 
-def _differences(stored: dict[str, dict[str, Any]], expected: dict[str, dict[str, torch.Size]]) -> list[str]:
+def _differences(stored: dict[str, Any], expected: dict[str, torch.Size]) -> list[str]:
     """Names of what is missing, of another shape or no tensor, or unknown.
 
     Counters of batches came later to torch than BatchNorm; ``memory`` is what RD's official code drops from its files.
     """
-    wrong = []
-    for part, shapes in expected.items():
-        for name in {**shapes, **stored[part]}:
-            is_there, is_known = name in stored[part], name in shapes
-            if is_there and is_known:
-                is_right = getattr(stored[part][name], "shape", None) == shapes[name]
-            else:
-                is_right = name.endswith("num_batches_tracked") or (is_there and "memory" in name)
-            wrong += [] if is_right else [f"{part}.{name}"]
-    return wrong
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    """Whether all numbers are finite."""
-    return bool(torch.isfinite(value).all())
+    wrong = [name for name in expected if name in stored and getattr(stored[name], "shape", None) != expected[name]]
+    one_sided = [name for name in {**expected, **stored} if (name in stored) != (name in expected)]
+    return wrong + [
+        name
+        for name in one_sided
+        if not name.endswith("num_batches_tracked") and not (name in stored and "memory" in name)
+    ]
 
 
 def _listed(names: Iterable[object], limit: int = 4) -> str:
