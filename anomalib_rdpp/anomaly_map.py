@@ -15,6 +15,8 @@ from anomalib.data import InferenceBatch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
+from anomalib_rdpp.teacher import check_choice
+
 SCORES = ("max", "top", "sum")
 
 
@@ -41,9 +43,7 @@ class AnomalyMapGenerator(nn.Module):
 
     def __init__(self, sigma: float = 4.0, score: str = "max", score_fraction: float = 0.01) -> None:
         super().__init__()
-        if score not in SCORES:
-            msg = f"score must be one of {', '.join(SCORES)}, got '{score}'."
-            raise ValueError(msg)
+        check_choice("score", score, SCORES)
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
             raise ValueError(msg)

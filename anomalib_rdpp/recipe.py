@@ -21,17 +21,6 @@ from torch.optim import Adam, AdamW, Optimizer
 RECIPES = ("paper", "fast")
 
 
-def check_recipe(recipe: str) -> None:
-    """Refuse a recipe that doesn't exist.
-
-    Raises:
-        ValueError: If ``recipe`` is not one of ``RECIPES``.
-    """
-    if recipe not in RECIPES:
-        msg = f"recipe must be one of {', '.join(RECIPES)}, got '{recipe}'."
-        raise ValueError(msg)
-
-
 def build_optimizer(recipe: str, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
     """Build the optimiser of a recipe for groups of parameters with rates of their own.
 

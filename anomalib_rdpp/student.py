@@ -22,7 +22,7 @@ from timm.layers import ConvNormAct
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from anomalib_rdpp.teacher import STRIDE, Teacher
+from anomalib_rdpp.teacher import STRIDE, Teacher, check_choice
 
 PAPER = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")  # teachers that the papers' student mirrors
 STUDENTS = ("auto", "paper", "light")
@@ -155,9 +155,7 @@ def build_student(teacher: Teacher, student: str = "auto", width: float = 1.0) -
     Raises:
         ValueError: If there is no such student, the teacher has none in the papers, or the width is not positive.
     """
-    if student not in STUDENTS:
-        msg = f"student must be one of {', '.join(STUDENTS)}, got '{student}'."
-        raise ValueError(msg)
+    check_choice("student", student, STUDENTS)
     if not 0 < width < float("inf"):
         msg = f"width must be above 0, got {width}: it is the light student's channels relative to the teacher's."
         raise ValueError(msg)

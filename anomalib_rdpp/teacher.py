@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +104,17 @@ class Teacher(nn.Module):
 def architecture(backbone: str) -> str:
     """Strip timm's weights tag: ``wide_resnet50_2.tv_in1k`` is a ``wide_resnet50_2``."""
     return backbone.split(".", maxsplit=1)[0]
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Refuse an argument that is none of its choices.
+
+    Raises:
+        ValueError: If it isn't.
+    """
+    if value not in choices:
+        msg = f"{name} must be one of {', '.join(map(str, choices))}, got '{value}'."
+        raise ValueError(msg)
 
 
 def check_images(images: torch.Tensor) -> None:

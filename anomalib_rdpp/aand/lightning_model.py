@@ -23,8 +23,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_rdpp.base import DistillationMixin
-from anomalib_rdpp.recipe import build_optimizer, check_recipe, cosine_factor, easy_share, training_progress
+from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
+from anomalib_rdpp.teacher import check_choice
 
 from .loss import AANDLoss
 from .torch_model import AANDModel
@@ -125,7 +126,7 @@ class AAND(DistillationMixin, AnomalibModule):
                 f"the paper's are 100 of 220."
             )
             raise ValueError(msg)
-        check_recipe(recipe)
+        check_choice("recipe", recipe, LEARNING_RATES)
         self.anomalies = TextureAnomalies(texture_dir, foreground, foreground_dir, anomaly_probability)
         self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
         self.model = AANDModel(

@@ -37,20 +37,7 @@ class AANDModel(nn.Module):
 
     A new model is in stage two. The stage goes with the state dict.
 
-    Args:
-        backbone: timm name of the teacher.
-        pre_trained: Whether the teacher takes ImageNet weights.
-        teacher_weights: File with the teacher's weights instead.
-        student: ``paper``, ``light`` or ``auto``, see ``build_student``.
-        width: Channels inside the light student, relative to the teacher's.
-        is_gated: Whether a gate decides where the amplifiers' residual goes (ablation).
-        fixed_scale: Constant in place of the amplifiers' generator (ablation); None for the generator.
-        score: What of the map is the image's score, see ``AnomalyMapGenerator``.
-        score_fraction: Share of the map's pixels that ``score="top"`` averages.
-
-    Raises:
-        ValueError: If an argument is not admissible, or neither gate nor generator is left.
-        FileNotFoundError: If the file of teacher weights doesn't exist.
+    The arguments, and what they raise, are those of ``AAND`` by the same names; ``is_gated`` is its ``gate``.
 
     Examples:
         >>> model = AANDModel("resnet18", pre_trained=False).eval()

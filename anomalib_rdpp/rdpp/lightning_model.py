@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_rdpp.base import DistillationMixin
-from anomalib_rdpp.recipe import build_optimizer, check_recipe, cosine_factor, easy_share, training_progress
+from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.noise import SimplexNoise
+from anomalib_rdpp.teacher import check_choice
 
 from .loss import RDPPLoss
 from .torch_model import RDPPModel
@@ -110,7 +111,7 @@ class RDPP(DistillationMixin, AnomalibModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        check_recipe(recipe)
+        check_choice("recipe", recipe, LEARNING_RATES)
         self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
         self.loss = RDPPLoss(
             projection_weight,
@@ -151,8 +152,6 @@ def _weight_of(transport: str | None, transport_weight: float) -> float:
     if transport is None:
         return transport_weight
     weights = {"published": 0.0, "paper": transport_weight or 1.0}
-    if transport not in weights:
-        msg = f"transport was one of {', '.join(weights)}, got '{transport}'; take transport_weight in its place."
-        raise ValueError(msg)
+    check_choice("transport", transport, weights)
     rank_zero_warn(f"transport: {transport} has become transport_weight: {weights[transport]:g}.")
     return weights[transport]

@@ -13,7 +13,7 @@ from torch import nn
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
 from anomalib_rdpp.student import build_student
-from anomalib_rdpp.teacher import Teacher, check_images
+from anomalib_rdpp.teacher import Teacher, check_choice, check_images
 
 
 class RDPPFeatures(NamedTuple):
@@ -29,20 +29,7 @@ class RDPPFeatures(NamedTuple):
 class RDPPModel(nn.Module):
     """Teacher, projection, student.
 
-    Args:
-        backbone: timm name of the teacher.
-        pre_trained: Whether the teacher takes ImageNet weights.
-        teacher_weights: File with the teacher's weights instead.
-        student: ``paper``, ``light`` or ``auto``, see ``build_student``.
-        width: Channels inside the light student, relative to the teacher's.
-        projection: True for the paper's, ``light`` for one with a fraction of its multiply-adds, False for plain RD
-            (CVPR 2022), whose student sees the teacher's features as they are.
-        score: What of the map is the image's score, see ``AnomalyMapGenerator``.
-        score_fraction: Share of the map's pixels that ``score="top"`` averages.
-
-    Raises:
-        ValueError: If an argument is not admissible.
-        FileNotFoundError: If the file of teacher weights doesn't exist.
+    The arguments, and what they raise, are those of ``RDPP`` by the same names.
 
     Examples:
         >>> model = RDPPModel("resnet18", pre_trained=False).eval()
@@ -142,9 +129,7 @@ def build_projections(channels: Sequence[int], projection: bool | str) -> nn.Mod
         ValueError: If there is no such projection.
     """
     kinds: dict[bool | str, type[nn.Module]] = {True: Projection, False: nn.Identity, "light": LightProjection}
-    if projection not in kinds:
-        msg = f"projection must be true, false or 'light', got '{projection}'."
-        raise ValueError(msg)
+    check_choice("projection", projection, kinds)
     return nn.ModuleList(kinds[projection](count) for count in channels)
 
 

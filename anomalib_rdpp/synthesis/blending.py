@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
-from anomalib_rdpp.teacher import check_images
+from anomalib_rdpp.teacher import check_choice, check_images
 
 FOREGROUNDS = ("none", "estimate")
 TEXTURES = {".jpg", ".jpeg", ".png"}
@@ -55,9 +55,7 @@ class TextureAnomalies(nn.Module):
         opacity: tuple[float, float] = (0.2, 1.0),  # 1 - beta, beta uniform in [0, 0.8]
     ) -> None:
         super().__init__()
-        if foreground not in FOREGROUNDS:
-            msg = f"foreground must be one of {', '.join(FOREGROUNDS)}, got '{foreground}'; masks go to foreground_dir."
-            raise ValueError(msg)
+        check_choice("foreground", foreground, FOREGROUNDS)
         if foreground != "none" and foreground_dir is not None:
             msg = f"Foreground is either estimated or read from '{foreground_dir}': give foreground or foreground_dir."
             raise ValueError(msg)
