@@ -22,6 +22,7 @@ from anomalib.post_processing import PostProcessor
 from lightning import seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
 
 from anomalib_rdpp import RDPP
 from anomalib_rdpp.metrics import AUROC
@@ -165,35 +166,65 @@ def _draw(predictions: list[Prediction], thresholds: PostProcessor, folder: Path
     """Write a sheet of each kind of image, and one with an example of every kind."""
     folder.mkdir(parents=True, exist_ok=True)
     kinds = {kind: [p for p in predictions if p.kind == kind] for kind in ("good", *DEFECTS)}
-    low = float(np.median([p.anomaly_map for p in predictions]))
-    pixel, image = float(thresholds.pixel_threshold), float(thresholds.image_threshold)
-    for name, rows in {"overview": [p for ps in kinds.values() for p in ps[:1]], **kinds}.items():
+    low = np.median([p.anomaly_map for p in predictions])
+    levels = float(low), float(thresholds.pixel_threshold), float(thresholds.image_threshold)
+    _overview([rows[0] for rows in kinds.values() if rows], levels, folder / "overview.png")
+    for kind, rows in kinds.items():
         if rows:
-            _sheet(rows[:10], (low, pixel, image), folder / f"{name}.png")
+            _sheet(rows[:10], levels, folder / f"{kind}.png")
+
+
+def _overview(columns: Sequence[Prediction], levels: tuple[float, float, float], path: Path) -> None:
+    """Draw a column per kind, landscape: image, truth, heat map."""
+    figure, axes = plt.subplots(3, len(columns), figsize=(9, 4.5), squeeze=False, layout="constrained")
+    for column, p in zip(axes.T, columns, strict=True):
+        column[0].set_title(p.kind.replace("_", " "), fontsize=10)
+        column[2].set_xlabel(f"score {p.score:.2f}: {_verdict(p, levels)}", fontsize=8)
+        column[0].imshow(p.image)
+        column[1].imshow(p.mask, cmap="gray", vmin=0, vmax=1)
+        drawn = _heat_map(column[2], p, levels)
+    for row, name in zip(axes, ("image", "truth", "heat map"), strict=True):
+        row[0].set_ylabel(name, fontsize=10)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.3, anchor=(0, 0.06), aspect=12, pad=0.01, ticks=[levels[1]])
+    bar.ax.set_yticklabels(["threshold"], fontsize=8, rotation=90, va="center")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def _sheet(rows: Sequence[Prediction], levels: tuple[float, float, float], path: Path) -> None:
-    """Draw a row per image; one colour scale for all sheets."""
-    low, pixel, image = levels
+    """Draw a row per image of one kind."""
+    _, pixel, image = levels
     figure, axes = plt.subplots(len(rows), 4, figsize=(10, 2.6 * len(rows)), squeeze=False, layout="constrained")
     for axis, title in zip(axes[0], ("image", "defect (truth)", "heat map", "truth green, found red"), strict=True):
         axis.annotate(title, (0.5, 1.16), xycoords="axes fraction", ha="center", weight="bold")
     for row, p in zip(axes, rows, strict=True):
-        verdict = "defective" if p.score > image else "good"
         row[0].set_title(p.kind.replace("_", " "), fontsize=9)
-        row[2].set_title(f"score {p.score:.2f}, limit {image:.2f}: {verdict}", fontsize=9)
+        row[2].set_title(f"score {p.score:.2f}, threshold {image:.2f}: {_verdict(p, levels)}", fontsize=9)
         row[0].imshow(p.image)
         row[1].imshow(p.mask, cmap="gray", vmin=0, vmax=1)
-        drawn = row[2].imshow(p.anomaly_map, cmap="inferno", vmin=low, vmax=low + 2 * max(pixel - low, 1e-6))
+        drawn = _heat_map(row[2], p, levels)
         row[3].imshow(p.image)
         for field, level, colour in ((p.mask, 0.5, "lime"), (p.anomaly_map, pixel, "red")):
             if field.min() < level < field.max():
                 row[3].contour(field, [level], colors=colour, linewidths=1.2)
         for axis in row:
             axis.set_axis_off()
-    figure.colorbar(drawn, ax=axes, shrink=0.5, label="anomaly map (middle of the scale: limit of a pixel)")
+    figure.colorbar(drawn, ax=axes, shrink=0.5, label="anomaly map (middle of the scale: threshold of a pixel)")
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def _heat_map(axis: plt.Axes, p: Prediction, levels: tuple[float, float, float]) -> ScalarMappable:
+    """Draw a map on the one colour scale of all sheets."""
+    low, pixel, _ = levels
+    return axis.imshow(p.anomaly_map, cmap="inferno", vmin=low, vmax=low + 2 * max(pixel - low, 1e-6))
+
+
+def _verdict(p: Prediction, levels: tuple[float, float, float]) -> str:
+    """Compare a score with the threshold of an image."""
+    return "defective" if p.score > levels[2] else "good"
 
 
 def _report(results: dict[str, float | str], places: dict[str, Path | str]) -> None:
@@ -220,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.output.exists() and not chosen.output.is_dir():
         parser.error(f"--output takes a folder, '{chosen.output}' is a file")
     warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)  # the host's and lightning's; what goes wrong is still raised
+    logging.disable(logging.WARNING)  # anomalib's and Lightning's; what goes wrong is still raised
     mpl.use("Agg")
     run_demo(chosen.output, seed=chosen.seed)
 
