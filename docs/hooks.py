@@ -31,7 +31,7 @@ def _within_site(markdown: str, folder: Path) -> str:
         for page, source in PAGES.items():
             if target in (ROOT / source, ROOT / "docs" / page):
                 return f"[{text}]({page}{anchor})"
-        if target.is_file() and target.is_relative_to(ROOT / "docs") and target.suffix in {".md", ".png"}:
+        if target.is_file() and target.is_relative_to(ROOT / "docs") and target.suffix in {".md", ".png", ".jpg"}:
             return f"[{text}]({target.relative_to(ROOT / 'docs')}{anchor})"
         return text
 
