@@ -1,4 +1,4 @@
-"""Shared fixtures: reference values, the real teacher, and a tiny data set of our own."""
+"""Shared fixtures: reference values and a tiny data set of our own."""
 
 import gc
 from pathlib import Path
@@ -8,8 +8,9 @@ import pytest
 import torch
 from anomalib.data import Folder
 from PIL import Image
+from tiny import FOLDERS
 
-SHARED = Path(__file__).parents[2] / "shared"
+GOLDEN = Path(__file__).with_name("golden")
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def _seed_and_clean(request):
 
 @pytest.fixture
 def golden():
-    """Read reference values of the published programs: arrays by name, lists of scales by ``scales(name)``."""
+    """Read reference values of the official code: arrays by name, lists of scales by ``scales(name)``."""
     return Golden
 
 
@@ -30,10 +31,7 @@ class Golden:
     """One file of reference values."""
 
     def __init__(self, name: str) -> None:
-        path = SHARED / "golden" / f"{name}.npz"
-        if not path.is_file():
-            pytest.skip(f"reference values are not here: {path.name} (they lie in ../shared/golden)")
-        self.arrays = np.load(path)
+        self.arrays = np.load(GOLDEN / f"{name}.npz")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.arrays[name])
@@ -67,10 +65,7 @@ def tiny_data(tiny_folder) -> Folder:
     return Folder(
         name="tiny",
         root=tiny_folder,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/square",
-        mask_dir="ground_truth/square",
+        **FOLDERS,
         train_batch_size=3,
         eval_batch_size=3,
         num_workers=0,

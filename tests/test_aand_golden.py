@@ -1,4 +1,4 @@
-"""AAND against the values that the published program gives on small inputs."""
+"""AAND against the values that the official code gives on small inputs."""
 
 import torch
 
@@ -18,7 +18,7 @@ def assert_gradients(tensors, expected):
 
 
 def published_amplifier(values):
-    """Amplifier of 16 channels with the program's weights."""
+    """Amplifier of 16 channels with the official code's weights."""
     amplifier = Amplifier(16)
     names = {"gate.query": "w.projs.0", "generator": "w.projs2.0"}
     weights = {f"{ours}.{key}": values[f"{theirs}.{key}"] for ours, theirs in names.items() for key in layers()}

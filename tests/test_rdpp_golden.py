@@ -1,4 +1,4 @@
-"""RD++ against the values that the published program gives on small inputs."""
+"""RD++ against the values that the official code gives on small inputs."""
 
 import numpy as np
 import pytest
