@@ -59,14 +59,18 @@ def tiny_folder(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def make_tiny_data(tiny_folder):
+    """Make a datamodule of the tiny images, two batches of three to train on."""
+
+    def make() -> Folder:
+        batches = {"train_batch_size": 3, "eval_batch_size": 3, "num_workers": 0}
+        return Folder(name="tiny", root=tiny_folder, **FOLDERS, **batches)
+
+    return make
+
+
 @pytest.fixture
-def tiny_data(tiny_folder) -> Folder:
-    """Datamodule of the tiny images, two batches of three to train on."""
-    return Folder(
-        name="tiny",
-        root=tiny_folder,
-        **FOLDERS,
-        train_batch_size=3,
-        eval_batch_size=3,
-        num_workers=0,
-    )
+def tiny_data(make_tiny_data) -> Folder:
+    """Datamodule of the tiny images, of this test alone."""
+    return make_tiny_data()

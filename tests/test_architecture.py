@@ -114,7 +114,13 @@ def normalised(distribution: str) -> str:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("anomalib_rdpp", ()), ("startup", ()), ("experiments", ()), ("tests", ("test", "notebooks")), ("hatch_build.py", ("test",))],
+    [
+        ("anomalib_rdpp", ()),
+        ("startup", ()),
+        ("experiments", ()),
+        ("tests", ("test", "notebooks")),
+        ("hatch_build.py", ("test",)),
+    ],
 )
 def test_every_import_is_declared(folder, extras):
     paths = [ROOT / folder] if folder.endswith(".py") else sorted((ROOT / folder).rglob("*.py"))
