@@ -15,5 +15,6 @@ class PlaceFiles(BuildHookInterface):
         """Add them to the build."""
         del version
         startup = {str(Path(self.root, "startup", name)): name for name in STARTUP}
-        build_data["force_include"] |= {**startup, str(Path(self.root, "configs")): "anomalib_rdpp/configs"}
+        configs = Path(self.root, "configs").glob("*.yaml")  # of trainings; grids of benchmarks stay here
+        build_data["force_include"] |= startup | {str(path): f"anomalib_rdpp/configs/{path.name}" for path in configs}
         build_data["force_include_editable"] |= startup

@@ -1,14 +1,14 @@
 """Register our models as soon as ``anomalib.models`` has been imported, in any Python that has anomalib-rdpp.
 
 anomalib reads no entry points. This module is named by a ``.pth`` file, so Python imports it at every start: it is
-standard library only, imports nothing of ours, and never lets an error of ours stop Python or the host.
+standard library only, imports nothing of ours, and never lets an error of ours stop Python or anomalib.
 ``ANOMALIB_RDPP_AUTOLOAD=0`` switches it off.
 """
 
 import os
 import sys
 
-HOST = "anomalib.models"
+ANOMALIB = "anomalib.models"
 
 
 class RegisterAfterImport:
@@ -16,7 +16,7 @@ class RegisterAfterImport:
 
     def find_spec(self, name, path=None, target=None):  # noqa: ANN001, ANN201
         """Find ``anomalib.models``; leave every other module alone."""
-        if name != HOST or self not in sys.meta_path:
+        if name != ANOMALIB or self not in sys.meta_path:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find = getattr(finder, "find_spec", None)
@@ -43,7 +43,7 @@ class RegisteringLoader:
         return self.loader.create_module(spec)
 
     def exec_module(self, module) -> None:  # noqa: ANN001
-        """Execute the host's module, then register; once."""
+        """Execute the module of anomalib, then register; once."""
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
@@ -55,7 +55,7 @@ def register() -> None:
     """Import our package, which registers itself; whatever goes wrong becomes one warning."""
     try:
         import anomalib_rdpp  # noqa: F401
-    except Exception as error:  # noqa: BLE001  the host must start, whatever is wrong with us
+    except Exception as error:  # noqa: BLE001  anomalib must start, whatever is wrong with us
         import warnings
 
         message = (

@@ -1,5 +1,6 @@
-"""The host finds our models by every one of its ways, in real processes too."""
+"""anomalib finds our models by every one of its ways, in real processes too."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,20 +10,42 @@ from pathlib import Path
 
 import anomalib.models
 import pytest
+import yaml
 from anomalib.models import ALLOWED_MODULES, get_model, list_models
+from tiny import TINY
 
 import anomalib_rdpp
 from anomalib_rdpp.registration import register
 
 ROOT = Path(__file__).parents[1]
-INIT = {"backbone": "resnet18", "pre_trained": False}
 PROBE = "import anomalib.models as m; print(hasattr(m, 'RDPP'))"
 
+# Imports what takes seconds and is not anomalib's, once; then each code of the list in a process forked from this one.
+FORKS = """
+import json, os, sys
+import cv2, kornia, lightning.pytorch, matplotlib.pyplot, pandas, scipy.signal, skimage, sklearn.metrics, timm, torch
+import torchmetrics, torchvision.transforms.v2
+assert "anomalib" not in sys.modules
+for number, code in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, code
+        continue
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{sys.argv[2]}/{number}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+    exec(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+"""
 
-def python(code, *, executable=sys.executable, **environment):
+
+def python(code, *arguments, executable=sys.executable, **environment):
     """Run code in a process of its own, away from the repository."""
+    if executable != sys.executable:  # it has a package of its own
+        environment = {"PYTHONPATH": "", **environment}
     return subprocess.run(
-        [str(executable), "-c", code],
+        [str(executable), "-c", code, *arguments],
         cwd="/",
         capture_output=True,
         text=True,
@@ -32,21 +55,28 @@ def python(code, *, executable=sys.executable, **environment):
     )
 
 
+def forks(codes, folder, executable=sys.executable):
+    """Run each code in a process that has not imported anomalib yet; give what each printed and complained."""
+    run = python(FORKS, json.dumps(codes), str(folder), executable=executable)
+    assert run.returncode == 0, run.stderr
+    return [[(folder / f"{number}.{name}").read_text() for name in ("out", "err")] for number in range(len(codes))]
+
+
 @pytest.mark.parametrize(
     "specification",
     [
         "rdpp",
         "RDPP",
-        {"class_path": "RDPP", "init_args": INIT},
-        {"class_path": "anomalib.models.RDPP", "init_args": INIT},
-        {"class_path": "anomalib_rdpp.RDPP", "init_args": INIT},
+        {"class_path": "RDPP", "init_args": TINY},
+        {"class_path": "anomalib.models.RDPP", "init_args": TINY},
+        {"class_path": "anomalib_rdpp.RDPP", "init_args": TINY},
         "aand",
-        {"class_path": "anomalib_rdpp.AAND", "init_args": INIT},
+        {"class_path": "anomalib_rdpp.AAND", "init_args": TINY},
     ],
     ids=str,
 )
 def test_get_model_finds_ours(specification):
-    arguments = INIT if isinstance(specification, str) else {}
+    arguments = TINY if isinstance(specification, str) else {}
     assert isinstance(get_model(specification, **arguments), anomalib_rdpp.RDPP | anomalib_rdpp.AAND)
 
 
@@ -59,28 +89,27 @@ def test_registration_is_idempotent():
     assert {"RDPP", "AAND"} <= list_models("pascal")
 
 
-def test_another_host_version_is_named(monkeypatch):
+def test_another_anomalib_is_named(monkeypatch):
     monkeypatch.setattr("anomalib_rdpp.registration.version", lambda _: "3.0.0")
     with pytest.warns(UserWarning, match=r"made for anomalib 2\.7, this is 3\.0\.0"):
         register()
 
 
-@pytest.mark.parametrize(
-    "first", ["anomalib.engine", "anomalib.data", "anomalib.models.image.patchcore", "anomalib_rdpp"]
-)
-def test_editable_install_registers_whatever_is_imported_first(first):
-    run = python(f"import {first}; {PROBE}")
-    assert run.stdout.strip() == "True", run.stderr
-    assert "could not register" not in run.stderr
+FIRST = ["anomalib.engine", "anomalib.data", "anomalib.models.image.patchcore", "anomalib_rdpp"]
+SECOND_HOOK = f"import importlib, anomalib_rdpp_autoload as hook; importlib.reload(hook); {PROBE}"
 
 
-def test_switch_turns_the_start_up_hook_off():
-    assert python(PROBE, ANOMALIB_RDPP_AUTOLOAD="0").stdout.strip() == "False"
+def test_editable_install_registers_whatever_is_imported_first(tmp_path):
+    codes = [*(f"import {first}; {PROBE}" for first in FIRST), SECOND_HOOK]
+    for code, (printed, complaint) in zip(codes, forks(codes, tmp_path), strict=True):
+        assert printed.strip() == "True", f"{code}: {complaint}"
+        assert "could not register" not in complaint
 
 
-def test_a_second_hook_of_the_kind_does_no_harm():
-    code = f"import importlib, anomalib_rdpp_autoload as hook; importlib.reload(hook); {PROBE}"
-    assert python(code).stdout.strip() == "True"
+@pytest.mark.parametrize(("switch", "count"), [("1", "1"), ("0", "0")])
+def test_switch_turns_the_start_up_hook_off(switch, count):
+    code = "import sys; print([type(finder).__name__ for finder in sys.meta_path].count('RegisterAfterImport'))"
+    assert python(code, ANOMALIB_RDPP_AUTOLOAD=switch).stdout.strip() == count
 
 
 def test_hook_leaves_a_loader_that_it_does_not_know_alone():
@@ -112,14 +141,17 @@ def wheel(tmp_path_factory) -> Path:
 def fresh_python(wheel, tmp_path_factory) -> Path:
     """A venv with the wheel installed, the dependencies lent from here (but no start-up files: those are not lent)."""
     folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
     executable = folder / "bin/python"
-    install = [str(executable), "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", str(wheel)]
-    subprocess.run(install, check=True, timeout=300)
+    install = ["install", "--no-deps", "--no-index", "--quiet", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(executable), *install], check=True, timeout=300)
     here = Path(anomalib.__file__).parents[1]
-    site_packages = next(folder.glob("lib/python*/site-packages"))
-    (site_packages / "lent.pth").write_text(f"{here}\n")
+    (site_packages(executable) / "lent.pth").write_text(f"{here}\n")
     return executable
+
+
+def site_packages(executable) -> Path:
+    return next(executable.parents[1].glob("lib/python*/site-packages"))
 
 
 def test_wheel_holds_package_and_start_up_module_alone(wheel):
@@ -131,35 +163,36 @@ def test_wheel_holds_package_and_start_up_module_alone(wheel):
     }
 
 
-def test_wheel_holds_the_configs(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {f"anomalib_rdpp/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
+def test_wheel_holds_the_configs_of_trainings_but_no_grid_and_nothing_of_our_machines(wheel):
+    archive = zipfile.ZipFile(wheel)
+    configs = {f"anomalib_rdpp/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert {name for name in archive.namelist() if name.endswith((".yaml", ".yml", ".csv"))} == configs
+    assert "anomalib_rdpp/py.typed" in archive.namelist()
+    assert all("model" in yaml.safe_load(archive.read(name)) for name in configs), "a grid has no single model"
+    assert not [name for name in archive.namelist() if b"../shared" in archive.read(name)]
 
 
-def test_wheel_registers_in_a_fresh_environment(fresh_python):
-    run = python(f"{PROBE}; import anomalib_rdpp; print(anomalib_rdpp.__file__)", executable=fresh_python)
-    registered, place = run.stdout.split()
-    assert registered == "True", run.stderr
-    assert Path(place).is_relative_to(fresh_python.parents[1])
-
-
-def test_broken_package_costs_one_warning(fresh_python):
-    """Python and host start although our package raises. Last: it breaks the fresh environment for good."""
-    broken = next(fresh_python.parents[1].glob("lib/python*/site-packages/anomalib_rdpp/__init__.py"))
-    broken.write_text("raise RuntimeError('broken on purpose')\n")
-    run = python(PROBE, executable=fresh_python)
-    assert run.returncode == 0
-    assert run.stdout.strip() == "False"
-    warning = "could not register its models (RuntimeError: broken on purpose)"
-    assert run.stderr.count(warning) == 1
+def test_wheel_registers_in_a_fresh_environment_and_costs_one_warning_when_broken(fresh_python, tmp_path):
+    """Python and anomalib start although our package raises."""
+    broken = site_packages(fresh_python) / "anomalib_rdpp/__init__.py"
+    breaking = f"open({str(broken)!r}, 'w').write('raise RuntimeError(\"broken on purpose\")')"
     strict = "import warnings; import anomalib; warnings.simplefilter('error', UserWarning)"
-    run = python(f"{strict}; {PROBE}", executable=fresh_python)
-    assert run.stdout.strip() == "False", run.stderr
-    assert run.stderr.count(warning) == 1
+    codes = [
+        f"{PROBE}; import anomalib_rdpp; print(anomalib_rdpp.__file__)",
+        f"{breaking}; {PROBE}",
+        f"{strict}; {PROBE}",
+    ]
+    (printed, complaint), *broken_ones = forks(codes, tmp_path, fresh_python)
+    registered, place = printed.split()
+    assert registered == "True", complaint
+    assert Path(place).is_relative_to(fresh_python.parents[1])
+    for printed, complaint in broken_ones:
+        assert printed.strip() == "False", complaint
+        assert complaint.count("could not register its models (RuntimeError: broken on purpose)") == 1
 
 
 def test_python_starts_when_the_start_up_module_is_gone(fresh_python):
-    next(fresh_python.parents[1].glob("lib/python*/site-packages/anomalib_rdpp_autoload.py")).unlink()
+    (site_packages(fresh_python) / "anomalib_rdpp_autoload.py").unlink()
     run = python("print('up')", executable=fresh_python)
     assert run.returncode == 0
     assert run.stdout.strip() == "up"
