@@ -1,5 +1,6 @@
 """Training under the trainer's options: precision, several processes, resuming, callbacks, memory."""
 
+import os
 import subprocess
 import sys
 from inspect import signature
@@ -9,39 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback
+from anomalib.callbacks import TilerConfigurationCallback
 from anomalib.data import ImageBatch
-from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from tiny import FOLDERS, MODELS, TINY, build, engine
 
-from anomalib_rdpp import AAND, RDPP
+import anomalib_rdpp
 from anomalib_rdpp.threshold import NormalThreshold
 
-MODELS = [RDPP, AAND]
 
-
-@pytest.fixture(params=MODELS, ids=lambda model: model.__name__)
-def model_class(request):
+@pytest.fixture(params=MODELS)
+def name(request) -> str:
     return request.param
-
-
-def build(model_class, size=64, **arguments):
-    """Model of a tiny teacher."""
-    pre_processor = model_class.configure_pre_processor((size, size))
-    arguments = {"visualizer": False, "pre_processor": pre_processor, **arguments}
-    return model_class(backbone="resnet18", pre_trained=False, **arguments)
-
-
-def engine(folder, *callbacks, **arguments):
-    """Engine that saves no checkpoints, unless a callback does."""
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        callbacks = (*callbacks, ModelCheckpoint(folder, save_top_k=0))
-    arguments = {"max_epochs": 2, "logger": False, "enable_progress_bar": False, **arguments}
-    return Engine(default_root_dir=folder, accelerator="cpu", devices=1, callbacks=list(callbacks), **arguments)
 
 
 class Losses(Callback):
@@ -64,11 +48,11 @@ def dtypes(features):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_keeps_losses_gradients_and_map_in_single(model_class, dtype):
+def test_half_precision_keeps_losses_gradients_and_map_in_single(name, dtype):
     """By torch's autocast; Lightning has no float16 on a CPU and takes bfloat16 instead."""
-    module = build(model_class, 32)
+    module = build(name, 32)
     images = torch.rand(2, 3, 32, 32)
-    for is_amplifying in (True, False) if model_class is AAND else (None,):
+    for is_amplifying in (True, False) if name == "AAND" else (None,):
         arguments = ()
         if is_amplifying is not None:
             module.model.start_stage(is_amplifying)
@@ -91,58 +75,62 @@ def test_half_precision_keeps_losses_gradients_and_map_in_single(model_class, dt
             assert value.isfinite().all()
 
 
-def test_mixed_precision_trains_and_tests_without_nan(model_class, tiny_data, tmp_path):
+def test_mixed_precision_trains_and_tests_without_nan(name, tiny_data, tmp_path):
     losses = Losses()
     run = engine(tmp_path, losses, precision="bf16-mixed")
-    module = build(model_class, 32)
+    module = build(name, 32)
     run.fit(module, datamodule=tiny_data)
     metrics = run.test(module, datamodule=tiny_data, verbose=False)[0]
     assert torch.tensor([*losses.steps, *metrics.values()]).isfinite().all()
     assert all(value.isfinite().all() for value in module.state_dict().values() if value.is_floating_point())
 
 
-# -- resuming
+# -- seeds and resuming
 
 
-def fit_with_seed(model_class, data, folder, **arguments):
+def fit_with_seed(name, data, folder, **arguments):
     data.setup(TrainerFn.FITTING)  # draws its split once
     seed_everything(3)
     losses = Losses()
-    engine(folder, losses, limit_val_batches=0, **arguments).fit(build(model_class), datamodule=data)
+    engine(folder, losses, limit_val_batches=0, **arguments).fit(build(name), datamodule=data)
     return losses.steps
 
 
-def test_one_seed_gives_equal_losses_step_by_step(model_class, tiny_data, tmp_path):
-    first = fit_with_seed(model_class, tiny_data, tmp_path)
+def test_one_seed_gives_equal_losses_step_by_step_and_equal_weights(name, tiny_data, tmp_path):
+    (first, weights), (second, others) = (fit_with_seed(name, tiny_data, tmp_path) for _ in range(2))
     assert len(first) == 4
-    assert fit_with_seed(model_class, tiny_data, tmp_path) == first
+    assert first == second
+    assert all(torch.equal(value, others[key]) for key, value in weights.items())
 
 
-def test_checkpoint_resumes_weights_only(model_class, tiny_data, tmp_path):
-    saving = ModelCheckpoint(tmp_path, filename="{epoch}", auto_insert_metric_name=False, save_top_k=-1)
-    engine(tmp_path, saving, limit_val_batches=0).fit(build(model_class), datamodule=tiny_data)
-    module = build(model_class)
-    run = engine(tmp_path, max_epochs=3, limit_val_batches=0)
-    run._setup_trainer(module)
-    run.trainer.fit(module, datamodule=tiny_data, ckpt_path=tmp_path / "0.ckpt", weights_only=True)
-    assert run.trainer.global_step == 6
+def run_script(script):
+    """Run a script that builds tiny models; give what it printed."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=script.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
 
 
 @pytest.mark.slow
-def test_run_killed_ten_times_ends_with_a_whole_checkpoint(model_class, tiny_folder, tmp_path):
+def test_run_killed_ten_times_ends_with_a_whole_checkpoint(name, tiny_folder, tmp_path):
     """Kill -9 at random moments of training and saving, ten times; each run goes on from the last whole epoch."""
     script = tmp_path / "train.py"
     script.write_text(
         f"""
 import os, random, signal, tempfile, time
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
-from anomalib.engine import Engine
-from anomalib_rdpp import {model_class.__name__} as model_class
 from lightning.pytorch import Callback
+from tiny import build, engine
 
 path, epochs = Path("last.ckpt"), 40
 tempfile.tempdir = "."  # Lightning writes there first; what a kill leaves behind goes with the test
@@ -155,13 +143,10 @@ class Begun(Callback):
 
 def train(pipe):
     data = Folder(name="tiny", root={str(tiny_folder)!r}, normal_dir="train/good", train_batch_size=3, num_workers=0)
-    model = model_class(backbone="resnet18", pre_trained=False, visualizer=False,
-                        pre_processor=model_class.configure_pre_processor((64, 64)))
     saving = ModelCheckpoint(".", filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
-    engine = Engine(default_root_dir=".", accelerator="cpu", devices=1, logger=False, max_epochs=epochs,
-                    limit_val_batches=0, enable_progress_bar=False, callbacks=[Begun(pipe), saving])
-    engine.fit(model, datamodule=data, ckpt_path=path if path.exists() else None)
-    print("steps", engine.trainer.global_step, flush=True)
+    run = engine(Path("."), Begun(pipe), saving, max_epochs=epochs, limit_val_batches=0)
+    run.fit(build({name!r}), datamodule=data, ckpt_path=path if path.exists() else None)
+    print("steps", run.trainer.global_step, flush=True)
 
 random.seed(0)
 killed = 0
@@ -187,10 +172,8 @@ while os.read(reading, 1000):
 assert os.waitpid(child, 0)[1] == 0
 """,
     )
-    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.splitlines()[-1] == "steps 80"
-    assert model_class.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert run_script(script).splitlines()[-1] == "steps 80"
+    assert getattr(anomalib_rdpp, name).load_from_checkpoint(tmp_path / "last.ckpt")
 
 
 # -- the trainer's options
@@ -207,13 +190,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_option_of_the_trainer_works(model_class, option, tiny_data, tmp_path):
+def test_option_of_the_trainer_works(name, option, tiny_data, tmp_path):
     arguments = dict(OPTIONS[option])
     callbacks = [arguments.pop("callbacks")()] if "callbacks" in arguments else []
     if "logger" in arguments:
         arguments["logger"] = arguments["logger"](tmp_path)
     run = engine(tmp_path, *callbacks, **{"limit_val_batches": 0, **arguments})
-    module = build(model_class, 32)
+    module = build(name, 32)
     run.fit(module, datamodule=tiny_data)
     expected = {"accumulate_grad_batches": 2, "fast_dev_run": 1, "limit_train_batches": 2}.get(option, 4)
     assert run.trainer.global_step == expected
@@ -222,23 +205,23 @@ def test_option_of_the_trainer_works(model_class, option, tiny_data, tmp_path):
         assert "train_loss" in next(tmp_path.rglob("metrics.csv")).read_text()
 
 
-def test_tiler_is_refused(model_class, tiny_data, tmp_path):
-    """By the host: the model has no attribute ``tiler``."""
+def test_tiler_is_refused(name, tiny_data, tmp_path):
+    """By anomalib: the model has no attribute ``tiler``."""
     with pytest.raises(ValueError, match="does not support tiling"):
-        engine(tmp_path, TilerConfigurationCallback(enable=True)).fit(build(model_class), datamodule=tiny_data)
+        engine(tmp_path, TilerConfigurationCallback(enable=True)).fit(build(name), datamodule=tiny_data)
 
 
-def test_tiled_ensemble_of_the_host_trains_and_tests(model_class, tiny_folder, tmp_path, monkeypatch):
-    """The host's pipeline takes no arguments of a model, hence other defaults here."""
+@pytest.mark.parametrize("name", ["RDPP", pytest.param("AAND", marks=pytest.mark.slow)])
+def test_tiled_ensemble_of_anomalib_trains_and_tests(name, tiny_folder, tmp_path, monkeypatch):
+    """Its pipeline takes no arguments of a model, hence other defaults here."""
     from anomalib.pipelines.tiled_ensemble import EvalTiledEnsemble, TrainTiledEnsemble
 
     monkeypatch.chdir(tmp_path)
-    parameters = signature(model_class.__init__).parameters.values()
-    small = {"backbone": "resnet18", "pre_trained": False}
-    defaults = tuple(small.get(p.name, p.default) for p in parameters if p.default is not p.empty)
-    monkeypatch.setattr(model_class.__init__, "__defaults__", defaults)
-    data = {"name": "tiny", "root": str(tiny_folder), "normal_dir": "train/good", "normal_test_dir": "test/good"}
-    data |= {"abnormal_dir": "test/square", "mask_dir": "ground_truth/square", "train_batch_size": 2, "num_workers": 0}
+    init = getattr(anomalib_rdpp, name).__init__
+    parameters = signature(init).parameters.values()
+    defaults = tuple(TINY.get(p.name, p.default) for p in parameters if p.default is not p.empty)
+    monkeypatch.setattr(init, "__defaults__", defaults)
+    data = {"name": "tiny", "root": str(tiny_folder), **FOLDERS, "train_batch_size": 2, "num_workers": 0}
     config = {
         "seed": 0,
         "accelerator": "cpu",
@@ -251,23 +234,23 @@ def test_tiled_ensemble_of_the_host_trains_and_tests(model_class, tiny_folder, t
             "init_args": {**data, "val_split_mode": "same_as_test", "test_split_mode": "from_dir"},
         },
         "SeamSmoothing": {"apply": True, "sigma": 2, "width": 0.1},
-        "TrainModels": {"model": {"class_path": f"anomalib_rdpp.{model_class.__name__}"}, "trainer": {"max_epochs": 1}},
+        "TrainModels": {"model": {"class_path": f"anomalib_rdpp.{name}"}, "trainer": {"max_epochs": 1}},
     }
     Path("ensemble.yaml").write_text(yaml.safe_dump(config))
     TrainTiledEnsemble().run(SimpleNamespace(config="ensemble.yaml"))
-    folder = Path("results") / model_class.__name__ / "tiny/latest"
-    EvalTiledEnsemble(folder).run(SimpleNamespace(config="ensemble.yaml"))  # the host prints failures and goes on
+    folder = Path("results") / name / "tiny/latest"
+    EvalTiledEnsemble(folder).run(SimpleNamespace(config="ensemble.yaml"))  # prints failures and goes on
     assert len(list(folder.glob("weights/lightning/*.ckpt"))) == 2
     assert "pixel_AUROC" in (folder / "metric_results.csv").read_text()
 
 
-def test_stochastic_weight_averaging_is_refused(model_class, tiny_data, tmp_path):
+def test_stochastic_weight_averaging_is_refused(name, tiny_data, tmp_path):
     with pytest.raises(ValueError, match="EMAWeightAveraging"):
-        engine(tmp_path, StochasticWeightAveraging(0.01)).fit(build(model_class), datamodule=tiny_data)
+        engine(tmp_path, StochasticWeightAveraging(0.01)).fit(build(name), datamodule=tiny_data)
 
 
-def test_batch_of_one_at_the_smallest_size_says_what_to_do(model_class):
-    model = build(model_class, 32).model
+def test_batch_of_one_at_the_smallest_size_says_what_to_do(name):
+    model = build(name, 32).model
     with pytest.raises(ValueError, match="no last batch of one image"):
         model.train()(torch.rand(1, 3, 32, 32))
     assert model.eval()(torch.rand(1, 3, 32, 32)).anomaly_map.isfinite().all()
@@ -276,10 +259,10 @@ def test_batch_of_one_at_the_smallest_size_says_what_to_do(model_class):
 # -- what needs no defects
 
 
-def test_threshold_and_stopping_rule_need_no_defects(model_class, tiny_data, tmp_path):
+def test_threshold_and_stopping_rule_need_no_defects(name, tiny_data, tmp_path):
     tiny_data.val_split_mode = "from_train"
     stopping = EarlyStopping("val_distance", patience=1, min_delta=10)  # nothing falls by 10
-    module = build(model_class, post_processor=NormalThreshold(0.9))
+    module = build(name, post_processor=NormalThreshold(0.9))
     run = engine(tmp_path, stopping, max_epochs=9)
     run.fit(module, datamodule=tiny_data)
     assert run.trainer.current_epoch == 2
@@ -317,16 +300,16 @@ def test_threshold_of_a_single_normal_image_and_of_none_while_the_trainer_checks
     assert (threshold.image_threshold, threshold.pixel_max) == (pytest.approx(0.3), pytest.approx(0.6))
 
 
-def test_images_without_labels_have_no_distance(model_class):
+def test_images_without_labels_have_no_distance(name):
     batch = ImageBatch(image=torch.rand(2, 3, 64, 64), anomaly_map=torch.rand(2, 1, 64, 64))
-    build(model_class).on_validation_batch_end(batch)  # has no labels to pick the normal ones by
+    build(name).on_validation_batch_end(batch)  # has no labels to pick the normal ones by
 
 
 # -- memory
 
 
 @pytest.mark.slow
-def test_memory_of_training_is_flat(model_class, tiny_data, tmp_path):
+def test_memory_of_training_is_flat(name, tiny_data, tmp_path):
     """Resident memory over 200 steps grows by less than 1 % after the first 60."""
     pages = Path("/proc/self/statm")
     if not pages.exists():
@@ -338,7 +321,7 @@ def test_memory_of_training_is_flat(model_class, tiny_data, tmp_path):
             sizes.append(int(pages.read_text().split()[1]))
 
     # A stage of AAND has memory of its own: one epoch of stage one, the rest is stage two.
-    module = build(model_class, **({"amplifier_share": 0.01} if model_class is AAND else {}))
+    module = build(name, **({"amplifier_share": 0.01} if name == "AAND" else {}))
     engine(tmp_path, Resident(), max_epochs=130, limit_val_batches=0).fit(module, datamodule=tiny_data)
     assert len(sizes) == 260
     assert max(sizes[-20:]) < 1.01 * max(sizes[40:60])
@@ -349,20 +332,18 @@ def test_memory_of_training_is_flat(model_class, tiny_data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp"])
-def test_two_processes_agree(model_class, strategy, tiny_folder, tiny_data, tmp_path):
+def test_two_processes_agree(name, strategy, tiny_folder, tiny_data, tmp_path):
     """Gloo on the CPU: no unused parameters, one state on both ranks, other noise, the metrics of one process."""
     script = tmp_path / "train.py"
     script.write_text(
         f"""
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Folder
-from anomalib.engine import Engine
-from anomalib_rdpp import {model_class.__name__} as model_class
 from lightning import seed_everything
 from lightning.pytorch import Callback
+from tiny import FOLDERS, build, engine
 
 class Seeds(Callback):
     def on_train_start(self, trainer, pl_module):
@@ -370,29 +351,22 @@ class Seeds(Callback):
     def on_train_end(self, trainer, pl_module):
         self.noise = torch.rand(3)
 
-def build():
-    return model_class(backbone="resnet18", pre_trained=False, visualizer=False,
-                       pre_processor=model_class.configure_pre_processor((64, 64)))
-
 if __name__ == "__main__":
     seed_everything(0, workers=True)
     torch.set_num_threads(1)
-    data = Folder(name="tiny", root={str(tiny_folder)!r}, normal_dir="train/good", normal_test_dir="test/good",
-                  abnormal_dir="test/square", mask_dir="ground_truth/square", train_batch_size=2, eval_batch_size=2,
+    data = Folder(name="tiny", root={str(tiny_folder)!r}, **FOLDERS, train_batch_size=2, eval_batch_size=2,
                   num_workers=0, val_split_mode="same_as_test")
-    model, seeds = build(), Seeds()
-    engine = Engine(default_root_dir=".", accelerator="cpu", devices=2, strategy={strategy!r}, logger=False,
-                    max_epochs=3, enable_progress_bar=False,
-                    callbacks=[seeds, ModelCheckpoint(".", filename="model", enable_version_counter=False)])
-    engine.fit(model, datamodule=data)
-    rank = engine.trainer.global_rank
+    model, seeds = build({name!r}), Seeds()
+    saving = ModelCheckpoint(".", filename="model", enable_version_counter=False)
+    run = engine(Path("."), seeds, saving, devices=2, strategy={strategy!r}, max_epochs=3)
+    run.fit(model, datamodule=data)
+    rank = run.trainer.global_rank
     state = {{name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}}
-    metrics = engine.test(model, datamodule=data, verbose=False)[0]
+    metrics = run.test(model, datamodule=data, verbose=False)[0]
     torch.save({{"state": state, "seed": seeds.seed, "metrics": metrics, "noise": seeds.noise}}, f"rank{{rank}}.pt")
 """,
     )
-    run = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_script(script)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert first["seed"] != second["seed"]
     assert not torch.equal(first["noise"], second["noise"])
@@ -401,6 +375,6 @@ if __name__ == "__main__":
     assert first["metrics"] == pytest.approx(second["metrics"])
 
     tiny_data.val_split_mode = "same_as_test"
-    module = model_class.load_from_checkpoint(tmp_path / "model.ckpt")
+    module = getattr(anomalib_rdpp, name).load_from_checkpoint(tmp_path / "model.ckpt")
     alone = engine(tmp_path).test(module, datamodule=tiny_data, verbose=False)[0]
     assert alone == pytest.approx(first["metrics"], abs=1e-4)
