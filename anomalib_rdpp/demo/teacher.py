@@ -1,12 +1,9 @@
 """A small teacher for trials: with ImageNet weights where they can be had, random otherwise."""
 # ruff: noqa: T201  a demo talks
 
-from urllib.request import urlopen
+from anomalib_rdpp.teacher import Teacher
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-
-BACKBONE = "resnet18.tv_in1k"
-FILE = f"timm/{BACKBONE}", "model.safetensors"
+CANDIDATES = ("resnet18.tv_in1k", "tf_efficientnet_lite0")  # the second one's weights are in anomalib-rdpp[edge]
 
 
 def choose_teacher(pre_trained: bool = True) -> dict[str, str | bool]:
@@ -15,25 +12,13 @@ def choose_teacher(pre_trained: bool = True) -> dict[str, str | bool]:
     Args:
         pre_trained: Take ImageNet weights if they can be had.
     """
-    if pre_trained and _weights_are_at_hand():
+    for backbone in CANDIDATES if pre_trained else ():
         try:
-            hf_hub_download(*FILE)  # nothing if they are in the cache, where timm looks too
-        except Exception as error:  # noqa: BLE001  whatever breaks a download, which differs between versions
-            print(f"    The download failed: {error}")
+            Teacher(backbone)
+        except Exception as error:  # noqa: BLE001  no network, or a download that broke, as each version says it
+            print(f"    No weights of {backbone}: {str(error).splitlines()[0]}")
         else:
-            return {"backbone": BACKBONE, "pre_trained": True}
+            print(f"    Teacher: {backbone}, ImageNet weights.")
+            return {"backbone": backbone, "pre_trained": True}
     print("    RANDOM TEACHER: no ImageNet weights here, so the figures below are lower than those of real use.")
-    return {"backbone": BACKBONE, "pre_trained": False}
-
-
-def _weights_are_at_hand() -> bool:
-    """Look into the cache, then for the server: a download alone would try for a minute before it gives up."""
-    if isinstance(try_to_load_from_cache(*FILE), str):
-        return True
-    if constants.is_offline_mode():
-        return False
-    try:
-        with urlopen(constants.ENDPOINT, timeout=5):  # noqa: S310  https, or what the user named in HF_ENDPOINT
-            return True
-    except OSError:
-        return False
+    return {"backbone": CANDIDATES[0], "pre_trained": False}
