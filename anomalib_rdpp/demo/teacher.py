@@ -15,7 +15,7 @@ def choose_teacher(pre_trained: bool = True) -> dict[str, str | bool]:
     for backbone in CANDIDATES if pre_trained else ():
         try:
             Teacher(backbone)
-        except Exception as error:  # noqa: BLE001  no network, or a download that broke, as each version says it
+        except Exception as error:  # noqa: BLE001, PERF203  no network, or a download that broke, as each version says it
             print(f"    No weights of {backbone}: {str(error).splitlines()[0]}")
         else:
             print(f"    Teacher: {backbone}, ImageNet weights.")
