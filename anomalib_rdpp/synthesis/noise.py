@@ -62,7 +62,8 @@ class SimplexNoise(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return noisy copies of ``(B, 3, H, W)`` images in [0, 1]."""
-        return images + self.strength * torch.stack([self._field(*images.shape[1:]) for _ in images]).to(images)
+        fields = torch.stack([self._field(*images.shape[1:]) for _ in images])
+        return images + self.strength * fields.to(images, non_blocking=True)  # a step never waits for the GPU
 
     def _field(self, channels: int, height: int, width: int) -> torch.Tensor:
         """Draw one rectangle of noise on zeros, ``(C, H, W)``."""
