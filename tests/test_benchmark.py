@@ -1,24 +1,39 @@
-"""The accuracy benchmark: rows written once, failures told, parts of data, shards."""
+"""The benchmarks: rows written once, failures told, parts of data, shards, any model by a YAML entry."""
 
 import csv
+import importlib.util
 import shutil
 import subprocess
 import sys
 from mmap import mmap
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import openvino
 import pytest
+import torch
 import yaml
 
-from anomalib_rdpp.benchmark import accuracy
-from anomalib_rdpp.benchmark.accuracy import COLUMNS, run_accuracy
+from anomalib_rdpp.benchmark import accuracy, latency, precision
+from anomalib_rdpp.benchmark.__main__ import main
+from anomalib_rdpp.benchmark.accuracy import COLUMNS, accuracy_results, run_accuracy
+from anomalib_rdpp.benchmark.build import load_trained
+from anomalib_rdpp.benchmark.exports import PRECISIONS
+from anomalib_rdpp.benchmark.filled import bank_of, build_filled
+from anomalib_rdpp.benchmark.gallery import run_gallery
+from anomalib_rdpp.benchmark.latency import latency_results, run_latency
+from anomalib_rdpp.benchmark.precision import precision_results, run_precision
 from anomalib_rdpp.benchmark.probe import has_bfloat16, peak_mib, reset_peak
-from anomalib_rdpp.benchmark.report import accuracy_table
-from anomalib_rdpp.benchmark.rows import append_row, read_rows
+from anomalib_rdpp.benchmark.report import accuracy_table, latency_table, read_accuracy
 
-RDPP = {"class_path": "anomalib_rdpp.RDPP", "init_args": {"backbone": "resnet18", "pre_trained": False}}
+ROOT = Path(__file__).parents[1]
+TOY = {"class_path": "benchmark_toy.Toy"}
+BROKEN = {"class_path": "anomalib.models.Nothing"}
+
+
+@pytest.fixture(autouse=True)
+def _toy_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # as a user's own folder, from which the benchmark is run
 
 
 @pytest.fixture
@@ -47,18 +62,37 @@ def grid(tiny_folder, tmp_path):
     return write
 
 
+def cells(table):
+    """Take the padding out of a Markdown table."""
+    return [" ".join(line.split()) for line in table.splitlines()]
+
+
+def change(config, **keys):
+    """Write a grid again with other keys."""
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | keys))
+
+
+def rows_of(path):
+    return accuracy_results(path).rows()
+
+
+def append(path, row):
+    accuracy_results(path).append(row)
+
+
 def test_failed_model_is_told_and_the_rest_complete(grid):
-    config, output = grid([0], broken={"class_path": "anomalib.models.Nothing"}, ours=RDPP)
-    run_accuracy(config, output)
-    broken, ours = read_rows(output, COLUMNS)
+    config, output = grid([0], broken=BROKEN, ours=TOY)
+    run_accuracy([config], output)
+    broken, ours = rows_of(output)
     assert "Nothing" in broken["error"]
     assert ours["error"] == ""
     assert 0 <= float(ours["image_AUROC"]) <= 1
     assert int(ours["peak_memory_mib"]) > 0
     assert (ours["train_images"], ours["test_images"], ours["steps"]) == ("2", "8", "1")
-    table = accuracy_table(output)
-    assert "| tiny | 64 | broken | 0 (1 failed) |" in table
-    assert "| tiny | 64 | ours | 1 |" in table
+    assert (ours["protocol"], ours["image_size"], ours["input_size"]) == ("last", "64", "64")
+    table = cells(accuracy_table(read_accuracy(output)))
+    assert any("| tiny | 64 | broken | 0 (1 failed) |" in line for line in table)
+    assert any("| tiny | 64 | ours | 1 |" in line for line in table)
 
 
 def test_peak_memory_falls_after_a_reset():
@@ -72,20 +106,28 @@ def test_peak_memory_falls_after_a_reset():
 
 
 def test_missing_data_set_is_told_and_the_rest_complete(grid):
-    config, output = grid([0], ours=RDPP)
-    content = yaml.safe_load(config.read_text())
-    data = content["data"]["tiny"]
-    missing = {**data, "init_args": {**data["init_args"], "root": "/nowhere"}}
-    config.write_text(yaml.safe_dump({**content, "data": {"missing": missing, "tiny": data}}))
-    run_accuracy(config, output)
-    assert [(row["data"], bool(row["error"])) for row in read_rows(output, COLUMNS)] == [
-        ("missing", True),
-        ("tiny", False),
-    ]
+    config, output = grid([0], ours=TOY)
+    data = yaml.safe_load(config.read_text())["data"]["tiny"]
+    change(config, data={"missing": {**data, "init_args": {**data["init_args"], "root": "/nowhere"}}, "tiny": data})
+    run_accuracy([config], output)
+    assert [(row["data"], bool(row["error"])) for row in rows_of(output)] == [("missing", True), ("tiny", False)]
+
+
+def test_set_without_defects_has_no_image_auroc(grid, caplog):
+    config, output = grid([0], ours=TOY)
+    data = yaml.safe_load(config.read_text())["data"]["tiny"]
+    for name in ("abnormal_dir", "mask_dir"):
+        del data["init_args"][name]
+    change(config, data={"good": data})
+    run_accuracy([config], output)
+    (row,) = rows_of(output)
+    assert (row["error"], row["test_images"], *(row[name] for name in accuracy.METRICS)) == ("", "4", "", "", "", "")
+    assert "all test images of good are normal" in caplog.text
+    assert any("| good | 64 | ours | 1 |" in line for line in cells(accuracy_table(read_accuracy(output))))
 
 
 def test_grid_killed_in_the_middle_loses_no_run_and_doubles_none(grid, monkeypatch):
-    config, output = grid([0, 1, 2], one=RDPP, two=RDPP)
+    config, output = grid([0, 1, 2], one=TOY, two=TOY)
     begun = []
 
     def killed_in_the_fourth(_grid, data, model, seed, *_):
@@ -96,265 +138,350 @@ def test_grid_killed_in_the_middle_loses_no_run_and_doubles_none(grid, monkeypat
 
     monkeypatch.setattr(accuracy, "_train_and_test", killed_in_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        run_accuracy(config, output)
-    assert len(read_rows(output, COLUMNS)) == 3
+        run_accuracy([config], output)
+    assert len(rows_of(output)) == 3
     with output.open("a") as file:
         file.write("tiny,two,1,1,")  # a row that was cut short
-    run_accuracy(config, output)
-    runs = [(row["model"], row["seed"]) for row in read_rows(output, COLUMNS)]
+    run_accuracy([config], output)
+    runs = [(row["model"], row["seed"]) for row in rows_of(output)]
     assert sorted(runs) == sorted((model, seed) for model in ("one", "two") for seed in "012")
     assert len(begun) == 7  # the killed one twice
 
 
+def test_failed_row_is_tried_again_and_the_last_counts(grid, monkeypatch):
+    config, output = grid([0], ours=TOY)
+    monkeypatch.setattr(accuracy, "_train_and_test", lambda *_: 1 / 0)
+    run_accuracy([config], output)
+    monkeypatch.setattr(accuracy, "_train_and_test", lambda *_: {"tiny": {"image_AUROC": 0.5}})
+    run_accuracy([config], output)
+    run_accuracy([config], output)
+    assert [row["error"] for row in rows_of(output)] == ["ZeroDivisionError: division by zero", ""]
+    assert len(read_accuracy(output)) == 1
+
+
 def test_rows_of_an_older_file_are_kept_and_their_protocol_known(grid):
-    config, output = grid([0], ours=RDPP)
-    older = [name for name in COLUMNS if name not in ("protocol", "teacher")]
-    facts = {"epochs": 1, "image_size": 64, "batch_size": 2, "image_AUROC": 0.5}
-    append_row(output, older, {"data": "tiny", "model": "ours", "seed": 0, **facts})
-    run_accuracy(config, output)
-    assert len(read_rows(output, COLUMNS)) == 1  # not run again
-    append_row(
-        output, COLUMNS, {"data": "tiny", "model": "other", "seed": 0, **facts, "protocol": "last", "teacher": "T"}
-    )
-    assert [row["teacher"] for row in read_rows(output, COLUMNS)] == ["", "T"]
-    assert "last epoch, tested once. Teacher: not recorded (ours); T (other)." in accuracy_table(output)
+    config, output = grid([0], ours=TOY)
+    older = [name for name in COLUMNS if name not in ("protocol", "teacher", "input_size")]
+    row = {"data": "tiny", "model": "ours", "seed": 0, "epochs": 1, "image_size": 64, "batch_size": 2}
+    with output.open("w") as file:
+        writer = csv.DictWriter(file, older)
+        writer.writeheader()
+        writer.writerow(row | {"image_AUROC": 0.5})
+    run_accuracy([config], output)
+    assert len(rows_of(output)) == 1  # not run again
+    append(output, row | {"model": "other", "protocol": "last", "teacher": "T"})
+    assert [row["teacher"] for row in rows_of(output)] == ["", "T"]
+    said = "last epoch, tested once. Teacher: not recorded (ours); T (other)."
+    assert said in accuracy_table(read_accuracy(output))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments/results").glob("*.csv")), ids=lambda path: path.stem)
+def test_stored_results_are_read_whole(path):
+    name = path.stem.split("_")[0]
+    opened = {"latency": latency_results, "precision": precision_results}.get(name, accuracy_results)
+    if name in ("curves", "steps", "analyses"):
+        pytest.skip("not of the benchmark: tests/test_experiments.py has them")
+    frame = opened(path).frame()
+    lines = path.read_text().splitlines()
+    assert len(opened(path).rows()) == len([line for line in lines if not line.startswith(("data,", "model,"))])
+    assert not frame[frame["error"] == ""].empty
 
 
 def test_row_that_begins_like_the_header_is_a_row(tmp_path):
-    for columns in (["data", "model", "seed"], COLUMNS):
-        for model in ("data", "model"):
-            append_row(tmp_path / "rows.csv", columns, {"data": "data", "model": model, "seed": 0})
-    rows = read_rows(tmp_path / "rows.csv", COLUMNS)
-    assert [(row["data"], row["model"]) for row in rows] == [("data", "data"), ("data", "model")] * 2
-    assert (tmp_path / "rows.csv").read_text().count("data,model,seed") == 2
+    path = tmp_path / "rows.csv"
+    row = {"data": "data", "seed": 0, "epochs": 1, "image_size": 64, "batch_size": 2}
+    for model in ("data", "model"):
+        append(path, row | {"model": model})
+    path.write_text(path.read_text() * 2)  # joined by cat
+    assert [(row["data"], row["model"]) for row in rows_of(path)] == [("data", "data"), ("data", "model")] * 2
+    assert path.read_text().count("data,model,seed") == 2
 
 
 def test_best_epoch_on_test_is_a_row_of_its_own_and_said(grid):
-    config, output = grid([0], ours={**RDPP, "epochs": 2})
+    config, output = grid([0], ours={**TOY, "epochs": 2})
     for best_on_test in (False, True, True):
-        run_accuracy(config, output, best_on_test=best_on_test)
-    last, best = read_rows(output, COLUMNS)
+        run_accuracy([config], output, best_on_test=best_on_test)
+    last, best = rows_of(output)
     assert (last["protocol"], best["protocol"]) == ("last", "best on test")
     assert (best["error"], best["test_images"], best["steps"]) == ("", "8", "2")
     assert 0 <= float(best["pixel_AUPRO"]) <= 1
-    assert "**best epoch on the test images**" in accuracy_table(output)
+    assert "**best epoch on the test images**" in accuracy_table(read_accuracy(output))
 
 
 @pytest.mark.slow
 def test_runs_of_two_processes_are_one_row_each(grid):
-    config, output = grid([0, 1], ours=RDPP)
-    trainer = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
-    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "trainer": trainer}))
+    config, output = grid([0, 1], ours=TOY)
+    change(config, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
     command = [sys.executable, "-m", "anomalib_rdpp.benchmark", "accuracy", str(config), "--output", str(output)]
     subprocess.run(command, check=True, timeout=600)
-    assert [(row["seed"], row["error"], row["steps"]) for row in read_rows(output, COLUMNS)] == [
-        ("0", "", "1"),
-        ("1", "", "1"),
-    ]
+    assert [(row["seed"], row["error"], row["steps"]) for row in rows_of(output)] == [("0", "", "1"), ("1", "", "1")]
 
 
-def test_file_that_is_no_grid_is_named(tmp_path, capsys):
-    from anomalib_rdpp.benchmark.__main__ import main
+MALFORMED = {
+    "no mapping": ("- a\n", "must be a mapping, got"),
+    "empty": ("", "must be a mapping, got 'None'"),
+    "broken": ("models: {a: [}\n", "is no YAML: while parsing"),
+    "no text": (b"\xff\xfe\x00\xd8", "is no YAML"),
+    "too little": ("models: {}\n", "is no grid of the accuracy benchmark: it has no batch_size, data"),
+    "seeds": ({"seeds": 0}, "seeds must be a list, got '0'"),
+    "no seeds": ({"seeds": []}, "seeds must be a list, got '[]'"),
+    "seed": ({"seeds": ["a"]}, "seeds, 1 must be a whole number, got 'a'"),
+    "size": ({"image_size": "256px"}, "image_size must be a whole number above 0, got '256px'"),
+    "batch": ({"batch_size": 0}, "batch_size must be a whole number above 0, got '0'"),
+    "models": ({"models": ["a"]}, "models must be a mapping, got"),
+    "model": ({"models": {"a": "Patchcore"}}, "models, a must be a mapping, got 'Patchcore'"),
+    "no class": ({"models": {"a": {}}}, "models, a has no class_path"),
+    "typo": ({"models": {"a": {**TOY, "epoch": 1}}}, "models, a has an unknown key 'epoch'"),
+    "categories": ({"data": {"a": {**TOY, "categories": {"x": "y"}}}}, "a, categories, x must be a whole number above"),
+    "no epochs": ({"data": {"a": TOY}}, "gives no epochs for ours on a"),
+    "no file": ({"models": "none.yaml"}, "none.yaml"),
+}
 
-    config = tmp_path / "other.yaml"
-    config.write_text("models: {}")
-    with pytest.raises(SystemExit):
-        main(["accuracy", str(config), "--output", str(tmp_path / "rows.csv")])
-    assert "other.yaml' is no grid of the accuracy benchmark: it has no batch_size, data" in capsys.readouterr().err
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_grid_is_one_line(grid, capsys, case):
+    config, output = grid([0], ours=TOY)
+    content, message = MALFORMED[case]
+    if isinstance(content, dict):
+        change(config, **content)
+    else:
+        config.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as left:
+        main(["accuracy", str(config), "--output", str(output)])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not output.exists()
 
 
-def test_row_that_is_there_is_not_run_again(grid):
-    config, output = grid([0], ours=RDPP)
-    run_accuracy(config, output)
-    before = output.read_text()
-    run_accuracy(config, output)
-    assert output.read_text() == before
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "data;model;seed\nmtd;RD;0\n",
+            "is no table of `anomalib_rdpp.benchmark accuracy`: it begins with 'data;model",
+        ),
+        (b"PK\x03\x04\xff\xfe", "is no table of"),
+        ("model,backbone,precision\n", "it begins with 'model,backbone"),
+        (
+            "data,model,seed,epochs,error\na,b,0,many,\n",
+            "something else where `anomalib_rdpp.benchmark accuracy` writes n",
+        ),
+    ],
+)
+def test_malformed_table_is_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(path)])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+def test_table_of_a_spreadsheet_with_its_mark_is_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    append(path, {"data": "a", "model": "b", "seed": 0, "epochs": 1, "image_size": 64, "batch_size": 2})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_accuracy(path)) == 1
+
+
+def test_data_and_models_may_stand_in_files(grid):
+    config, _ = grid([0], ours=TOY)
+    content = yaml.safe_load(config.read_text())
+    for name in ("models", "data"):
+        (config.parent / f"{name}.yaml").write_text(yaml.safe_dump(content[name]))
+    change(config, models="models.yaml", data="data.yaml")
+    assert accuracy.read_grid(config) == content
+
+
+def test_help_has_what_the_docstring_says(capsys):
+    for command in ("accuracy", "precision", "latency", "report", "gallery"):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert left.value.code == 0
+    assert "Folder of its CSV, where the checkpoints are." in " ".join(capsys.readouterr().out.split())
 
 
 def test_shards_share_the_grid(grid):
-    broken = {"class_path": "anomalib.models.Nothing"}
-    config, output = grid([0, 1, 2], broken=broken)
-    run_accuracy(config, output, (2, 2))
-    assert [row["seed"] for row in csv.DictReader(output.open())] == ["1"]
-    run_accuracy(config, output, (1, 2))
-    assert sorted(row["seed"] for row in read_rows(output, COLUMNS)) == ["0", "1", "2"]
+    config, output = grid([0, 1, 2], broken=BROKEN)
+    main(["accuracy", str(config), "--output", str(output), "--shard", "2/2"])
+    assert [row["seed"] for row in rows_of(output)] == ["1"]
+    run_accuracy([config], output, "1/2")
+    assert sorted(row["seed"] for row in rows_of(output)) == ["0", "1", "2"]
 
 
-def test_bad_shard_is_named(grid):
-    with pytest.raises(ValueError, match="1 <= i <= n, got 3/2"):
-        run_accuracy(*grid([0]), (3, 2))
+@pytest.mark.parametrize("shard", ["3/2", "0/2", "2", "a/b"])
+def test_bad_shard_is_named(grid, shard):
+    config, output = grid([0])
+    with pytest.raises(ValueError, match=f"1 <= i <= n, .* got '{shard}'"):
+        run_accuracy([config], output, shard)
 
 
 def test_report_without_rows_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match="benchmark accuracy CONFIG"):
-        accuracy_table(tmp_path / "none.csv")
+    with pytest.raises(FileNotFoundError, match="benchmark accuracy GRID"):
+        read_accuracy(tmp_path / "none.csv")
 
 
-def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, monkeypatch):
-    from anomalib_rdpp.benchmark import precision
-    from anomalib_rdpp.benchmark.gallery import draw_gallery
-
-    config, output = grid([0], ours=RDPP)
+def test_trained_models_are_drawn_and_tested_in_every_precision(grid, tmp_path, capsys):
+    config, output = grid([0], ours=TOY)
     with pytest.raises(FileNotFoundError, match=r"benchmark accuracy"):
-        draw_gallery([config], output.parent, tmp_path / "gallery")
-    run_accuracy(config, output)
-    second, content = tmp_path / "second.yaml", yaml.safe_load(config.read_text())
-    content["data"] = {"again": content["data"]["tiny"]}
-    second.write_text(yaml.safe_dump(content))
+        run_gallery([config], output.parent, tmp_path / "gallery")
+    run_accuracy([config], output)
+    data = yaml.safe_load(config.read_text())["data"]["tiny"]
+    second = shutil.copy(config, tmp_path / "second.yaml")
+    change(second, data={"again": data})
     shutil.copytree(output.parent / "tiny", output.parent / "again")
-    pictures = draw_gallery([config, second], output.parent, tmp_path / "gallery")
+    pictures = run_gallery([config, second], output.parent, tmp_path / "gallery")
     assert [path.name for path in pictures] == ["tiny.png", "again.png"]
     with pytest.raises(ValueError, match=r"Two grids have 'ours' on tiny: rename it in one grid"):
-        draw_gallery([config, config], output.parent, tmp_path / "gallery")
-    content["data"]["again"]["test_every"] = 8
-    second.write_text(yaml.safe_dump(content))
+        run_gallery([config, config], output.parent, tmp_path / "gallery")
+    change(second, data={"again": {**data, "test_every": 8}})
     with pytest.raises(ValueError, match=r"all 1 test images of again are (defects|normal): add the other kind"):
-        draw_gallery([second], output.parent, tmp_path / "gallery")
+        run_gallery([second], output.parent, tmp_path / "gallery")
 
-    four = ("torch", "fp32", "fp16", "int8")
-    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=four)
-    rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
-    assert tuple(row["precision"] for row in rows) == four
+    path = tmp_path / "precision.csv"
+    chosen = [name for name in PRECISIONS if has_bfloat16() or "bf16" not in name]
+    options = ["--results", str(output.parent), "--output", str(path), "--data", "tiny", "--precisions", *chosen]
+    main(["precision", str(config), *options])
+    assert any("| tiny | 64 | ours | 0 | fp32 |" in line for line in cells(capsys.readouterr().out))
+    rows = precision_results(path).rows()
+    assert [(row["precision"], row["error"]) for row in rows] == [(name, "") for name in chosen]
+    (trained,) = rows_of(output)
+    for row in rows[:2]:
+        for name in precision.METRICS:
+            assert float(row[name]) == pytest.approx(float(trained[name]), abs=2e-3), name
     with pytest.raises(ValueError, match=r"Unknown 'int4'; choose of 'torch', 'fp32'"):
-        precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["int4"])
-    trained = read_rows(output, COLUMNS)[0]
-    assert {name: rows[0][name] for name in precision.METRICS} == {name: trained[name] for name in precision.METRICS}
-    assert rows[1]["image_AUROC"] == rows[0]["image_AUROC"]
-    assert "| tiny | 64 | ours | 0 | fp32 |" in precision.precision_table(tmp_path / "precision.csv")
-
-    monkeypatch.setattr(precision, "_answers", lambda *_: {"fp16": lambda: 1 / 0, "int8": lambda: None})
-    monkeypatch.setattr(precision, "_test", lambda *_: {})
-    for _ in range(2):
-        precision.run_precision(config, output.parent, tmp_path / "broken.csv", precisions=["fp16", "int8"])
-    rows = read_rows(tmp_path / "broken.csv", precision.COLUMNS)
-    assert [(row["precision"], row["error"]) for row in rows] == [
-        ("fp16", "ZeroDivisionError: division by zero"),
-        ("int8", ""),
-        ("fp16", "ZeroDivisionError: division by zero"),
-    ]
+        run_precision(config, output.parent, path, precisions=["int4"])
 
 
-def test_precision_of_a_host_model_that_normalises_is_that_of_its_test(grid, tmp_path, monkeypatch):
-    from anomalib_rdpp.benchmark import precision
-
-    given = []
-
-    def answers(model, *_):
-        def answer(images):
-            given.append(images)
-            return model(images)._asdict()
-
-        return {"torch": lambda: answer}
-
-    monkeypatch.setattr(precision, "_answers", answers)
-    random = {"backbone": "resnet18", "pre_trained": False}
-    config, output = grid([0], host={"class_path": "anomalib.models.Patchcore", "init_args": random})
-    run_accuracy(config, output)
-    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch"])
-    assert all(images.min() >= 0 and images.max() <= 1 for images in given), "the model normalises them itself"
-    (trained,), (tested,) = read_rows(output, COLUMNS), read_rows(tmp_path / "precision.csv", precision.COLUMNS)
-    for name in precision.METRICS:
-        assert float(tested[name]) == pytest.approx(float(trained[name]), abs=1e-3), name
-
-
-def test_precision_of_a_model_without_checkpoint_is_told(grid, tmp_path):
-    from anomalib_rdpp.benchmark import precision
-
-    config, output = grid([0], ours=RDPP)
-    precision.run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch", "int8"])
-    rows = read_rows(tmp_path / "precision.csv", precision.COLUMNS)
+def test_precision_that_fails_is_told_and_tried_again(grid, tmp_path, monkeypatch):
+    config, output = grid([0], ours=TOY)
+    path = tmp_path / "precision.csv"
+    run_precision(config, output.parent, path, precisions=["torch", "int8"])
+    rows = precision_results(path).rows()
     assert [row["precision"] for row in rows] == ["torch", "int8"]
     assert all("No trained model" in row["error"] for row in rows)
+    path.unlink()
+    monkeypatch.setattr(
+        precision, "load_trained", lambda *_: SimpleNamespace(pre_processor=SimpleNamespace(transform=None))
+    )
+    monkeypatch.setattr(precision, "_in_precision", lambda _, name: 1 / 0 if name == "fp16" else None)
+    monkeypatch.setattr(precision.Trained, "test", lambda *_: {})
+    for _ in range(2):
+        run_precision(config, output.parent, path, precisions=["fp16", "int8"])
+    failed = "ZeroDivisionError: division by zero"
+    found = [(row["precision"], row["error"]) for row in precision_results(path).rows()]
+    assert found == [("fp16", failed), ("int8", ""), ("fp16", failed)]
 
 
-def test_analyses_of_trained_models(grid, tmp_path, capsys):
-    from anomalib_rdpp.benchmark.__main__ import main
-    from anomalib_rdpp.benchmark.analyses import COLUMNS as ANALYSES
-
-    random = {"init_args": {"backbone": "resnet18", "pre_trained": False}}
-    models = {
-        "RD": {"class_path": "anomalib.models.ReverseDistillation", **random},
-        "RD++": RDPP,
-        "AAND": {"class_path": "anomalib_rdpp.AAND", **random},
-        "PatchCore": {"class_path": "anomalib.models.Patchcore", **random},
-    }
-    config, output = grid([0], **models)
-    run_accuracy(config, output)
-    config, _ = grid([0], **models, untrained=RDPP)
-    second, content = tmp_path / "second.yaml", yaml.safe_load(config.read_text())
-    content |= {"data": {"again": content["data"]["tiny"]}, "models": {"untrained": RDPP}}
-    second.write_text(yaml.safe_dump(content))
-    csv_path = tmp_path / "analyses.csv"
-    main(["analyses", str(config), str(second), "--results", str(output.parent), "--output", str(csv_path)])
-    *rows, last = read_rows(csv_path, ANALYSES)
-    assert (last["data"], last["model"]) == ("again", "untrained")
-    rows = {row["model"]: row for row in rows}
-    assert [name for name, row in rows.items() if row["error"]] == ["untrained"]
-    for name in ("normal", "normal_mse", "abnormal", "noise"):
-        assert rows["RD"][f"teacher_{name}"] == rows["RD"][f"student_{name}"] != ""  # RD's student sees the teacher
-        assert rows["RD++"][f"teacher_{name}"] != rows["RD++"][f"student_{name}"]
-    assert rows["PatchCore"]["student_normal"] == ""
-    assert all(0 <= float(row["pixel_overlap"]) <= 1 for row in rows.values() if not row["error"])
-    printed = capsys.readouterr().out
-    assert "| tiny | 64 | RD++ | 1 |" in printed
-    assert (tmp_path / "analyses_tiny.png").is_file()
+def test_model_that_crops_is_tested_as_it_was_trained_and_its_row_says_what_it_saw(grid, tmp_path):
+    config, output = grid([0], crops={"class_path": "benchmark_toy.CroppingToy"})
+    run_accuracy([config], output)
+    (trained,) = rows_of(output)
+    assert (trained["error"], trained["image_size"], trained["input_size"]) == ("", "64", "32")
+    assert any("| 64 (sees 32 px) | crops |" in line for line in cells(accuracy_table(read_accuracy(output))))
+    run_precision(config, output.parent, tmp_path / "precision.csv", precisions=["torch", "fp32"])
+    for tested in precision_results(tmp_path / "precision.csv").rows():
+        assert (tested["error"], tested["input_size"]) == ("", "32")
+        for name in precision.METRICS:
+            assert float(tested[name]) == pytest.approx(float(trained[name]), abs=2e-3), name
 
 
-def test_latency_of_ours_and_the_hosts_is_measured_and_a_broken_model_told(tmp_path, monkeypatch):
-    from anomalib_rdpp.benchmark import latency
-    from anomalib_rdpp.benchmark.latency import COLUMNS as LATENCY
-    from anomalib_rdpp.benchmark.latency import run_latency
-    from anomalib_rdpp.benchmark.speed import draw_latency, latency_table
+def test_model_has_the_image_size_of_its_entry(grid):
+    config, output = grid([0], small={**TOY, "image_size": 32})
+    run_accuracy([config], output)
+    (row,) = rows_of(output)
+    assert (row["error"], row["image_size"], row["input_size"]) == ("", "64", "32")
 
-    models = {
-        "RD++": {"class_path": "anomalib_rdpp.RDPP"},
-        "PatchCore": {"class_path": "anomalib.models.Patchcore", "bank": 20},
-        "CFA": {"class_path": "anomalib.models.Cfa"},
-        "broken": {"class_path": "anomalib.models.Nothing"},
-        "lost": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": str(tmp_path / "none.ckpt")},
-    }
-    precisions = ["torch", "fp32", "bf16"]
-    grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": precisions, "backbones": ["resnet18"]}
-    left = precisions[: 3 if has_bfloat16() else 2]
-    config, output = tmp_path / "grid.yaml", tmp_path / "rows.csv"
-    config.write_text(yaml.safe_dump({**grid, "precisions": ["int8"], "models": models}))
-    run_latency(config, output, precisions=precisions)
-    rows = read_rows(output, LATENCY)
-    assert [(row["model"], row["precision"]) for row in rows if row["error"]] == [
-        (model, precision) for model in ("broken", "lost") for precision in left
-    ]
-    measured = {(row["model"], row["precision"]): row for row in rows if not row["error"]}
-    assert len(measured) == 3 * len(left)
-    assert all(float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0 for row in measured.values())
-    assert measured["PatchCore", "fp32"]["bank"] == "20 x 384"
-    assert measured["CFA", "fp32"]["bank"].startswith("256 x")
-    table = latency_table(output)
-    assert "| RD++ |" in table
-    assert f"| broken | - | {' | '.join(['failed'] * len(left))} | - |" in table
-    assert all(path.is_file() for path in draw_latency(output, tmp_path / "pictures"))
 
-    from anomalib_rdpp.benchmark.layers import layer_table
+@pytest.fixture
+def timed(tmp_path):
+    """Write a grid of latency and say where."""
 
-    exported = next((tmp_path / "latency_models").rglob("model.xml"))
-    table = layer_table(exported, size=64, rounds=2)
-    assert "GMAC of convolutions" in table
-    assert all(line.rstrip(" |")[-1].isdigit() for line in table.splitlines() if line.startswith("| Convolution |"))
+    def write(models, **keys):
+        grid = {"image_size": 64, "rounds": 2, "threads": [1], "precisions": ["fp32"], "backbones": ["resnet18"]}
+        (tmp_path / "times.yaml").write_text(yaml.safe_dump({**grid, "models": models, **keys}))
+        return tmp_path / "times.yaml", tmp_path / "times.csv"
 
-    candidates = [
-        latency.Candidate({**measured["RD++", "fp32"], "model": model}, path, "f32")
-        for model, path in (("unreadable", config), ("RD++", exported))
-    ]
+    return write
+
+
+def test_latency_of_a_model_of_ones_own_is_measured_and_a_broken_one_told(timed, tmp_path, monkeypatch, capsys):
+    import benchmark_toy
+
+    lost = {**TOY, "ckpt_path": str(tmp_path / "none.ckpt")}
+    config, output = timed({"toy": {**TOY, "fill": "benchmark_toy.fill", "bank": 7}, "broken": BROKEN, "lost": lost})
+    wanted = ["torch", "bf16", "int8"]
+    left = [name for name in wanted if has_bfloat16() or name != "bf16"]
+    monkeypatch.setattr(benchmark_toy, "FILLED", [])
+    main(["latency", str(config), "--output", str(output), "--precisions", *wanted])
+    assert benchmark_toy.FILLED == [("Toy", 7, 64)]
+    rows = latency_results(output).rows()
+    told = [(row["model"], row["precision"]) for row in rows if row["error"]]
+    assert told == [(model, precision) for model in ("broken", "lost") for precision in left]
+    measured = [row for row in rows if not row["error"]]
+    assert [(row["model"], row["precision"]) for row in measured] == [("toy", precision) for precision in left]
+    assert all(float(row["median_ms"]) > 0 and float(row["peak_mib"]) > 0 for row in measured)
+    assert "FakeQuantize" in next(tmp_path.rglob("int8.xml")).read_text()
+    row = {"data": "a", "model": "b", "seed": 0, "epochs": 1, "image_size": 64, "batch_size": 2}
+    append(tmp_path / "rows.csv", row)
+    main(["report", str(tmp_path / "rows.csv"), "--latency", str(output)])
+    table = cells(capsys.readouterr().out)
+    assert any(line.startswith("| toy | 0.0 |") for line in table)
+    assert any(f"| broken | - | {' | '.join(['failed'] * len(left))} | - |" in line for line in table)
+
     monkeypatch.setattr(latency, "_probe", lambda *_: {})
-    latency._measure(candidates, 1, 64, 1, 60.0, tmp_path / "more.csv")
-    assert [bool(row["error"]) for row in read_rows(tmp_path / "more.csv", LATENCY)] == [True, False]
+    results = latency_results(tmp_path / "more.csv")
+    known = {name: measured[0][name] for name in ("model", "backbone", "precision", "image_size")}
+    candidates = [(known, path, "f32", 64) for path in (config, next(tmp_path.rglob("model.xml")))]
+    latency._measure(candidates, 1, 1, 60.0, results)
+    assert [bool(row["error"]) for row in results.rows()] == [True, False]
+
+
+def test_latency_of_a_model_with_an_input_of_its_own_says_so(timed, monkeypatch):
+    monkeypatch.setattr(latency, "_probe", lambda *_: {})
+    config, output = timed({"crops": {"class_path": "benchmark_toy.CroppingToy"}})
+    run_latency(config, output)
+    (row,) = latency_results(output).rows()
+    assert (row["error"], row["image_size"], row["input_size"]) == ("", "64", "32")
+    assert any(
+        line.startswith("| crops (sees 32 px) |") for line in cells(latency_table(latency_results(output).frame()))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["anomalib_rdpp.RDPP", "Patchcore", "MHPatchcore", "Cfa", "Padim", "Stfpm"])
+def test_latency_of_ours_and_of_anomalibs_models_is_measured(timed, name):
+    precisions = ["torch", "int8"]
+    config, output = timed({name: {"class_path": name, "bank": 20}}, precisions=precisions, image_size=256)
+    run_latency(config, output)
+    assert [(row["precision"], row["error"]) for row in latency_results(output).rows()] == [("torch", ""), ("int8", "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "bank"),
+    [("Patchcore", 64, "20 x 384"), ("Cfa", 64, "256 x 448"), ("Padim", 64, ""), ("MHPatchcore", 224, "20 x 690")],
+)
+def test_what_training_fills_is_filled(name, size, bank):
+    entry = {"class_path": f"anomalib.models.{name}", "bank": 20}
+    model = build_filled(entry, "resnet18", size)
+    with torch.no_grad():
+        answer = model(torch.rand(1, 3, size, size))
+    assert answer.anomaly_map.shape[-2:] == (size, size)
+    assert answer.pred_score.isfinite().all()
+    assert bank_of(model) == bank
+
+
+def test_bank_that_a_grid_leaves_out_is_asked_for():
+    with pytest.raises(ValueError, match=r"anomalib\.models\.Patchcore needs `bank`"):
+        build_filled({"class_path": "anomalib.models.Patchcore"}, "resnet18", 64)
 
 
 def test_ratios_are_told_without_and_with_bfloat16(tmp_path):
-    from anomalib_rdpp.benchmark import latency
-    from anomalib_rdpp.benchmark.speed import latency_table
-
+    results = latency_results(tmp_path / "rows.csv")
     fixed = {"backbone": "resnet18", "threads": 2, "image_size": 256, "rounds": 3, "gmac": 1}
-    for model, precision, median in (
+    for model, way, median in (
         ("RD++", "fp32", 4),
         ("RD++", "int8", 2),
         ("RD++", "int8, bf16", 1),
@@ -362,167 +489,72 @@ def test_ratios_are_told_without_and_with_bfloat16(tmp_path):
         ("PatchCore", "bf16", 5),
     ):
         times = dict.fromkeys(("median_ms", "p10_ms", "p90_ms"), median)
-        facts = {"file_mib": 7 if precision == "int8" else 0, "first_result_ms": 8, "peak_mib": 9}
-        row = {"model": model, "precision": precision, **fixed, **times, **facts}
-        append_row(tmp_path / "rows.csv", latency.COLUMNS, row)
-    table = latency_table(tmp_path / "rows.csv").splitlines()[2:]
+        facts = {"file_mib": 7 if way == "int8" else 0, "first_result_ms": 8, "peak_mib": 9}
+        results.append({"model": model, "precision": way, **fixed, **times, **facts})
+    table = cells(latency_table(results.frame()))[2:]
     assert table[0].endswith("| x RD++ int8 | with bf16 |")
     assert table[2].endswith("| 8 | 9 | 7 | 1.0 | 0.5 |"), "first result, memory and file are those of int8"
     assert table[3].endswith("| 4.5 | 2.5 |")
 
 
-def test_grid_that_latency_cannot_take_is_refused(tmp_path, monkeypatch):
-    from anomalib_rdpp.benchmark.latency import run_latency
-
-    grid = {
-        "image_size": 64,
-        "rounds": 2,
-        "threads": [1],
-        "precisions": ["int4"],
-        "backbones": ["resnet18", "resnet34"],
-    }
-    models = {"stored": {"class_path": "anomalib_rdpp.RDPP", "ckpt_path": "model.ckpt"}}
-    config = tmp_path / "grid.yaml"
+def test_grid_that_latency_cannot_take_is_refused(timed, monkeypatch):
+    stored = {"stored": {**TOY, "ckpt_path": "model.ckpt"}}
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
-    for content, message in (
-        (
-            {"models": models, "image_size": 64},
-            r"grid.yaml' is no grid of the latency benchmark: it has no backbones, p",
-        ),
-        ({**grid, "models": {}}, r"Unknown precision .*int4.*choose of 'torch', .*'int8, bf16'"),
-        (
-            {**grid, "models": models, "precisions": ["fp32"]},
-            r"but stored would be measured with each of resnet18, res",
-        ),
-        ({**grid, "models": {}, "precisions": ["bf16"]}, r"Nothing is left to measure: this CPU has no bfloat16"),
+    for models, keys, message in (
+        ({}, {"precisions": ["int4"]}, r"Unknown 'int4'; choose of 'torch', .*'int8, bf16'"),
+        (stored, {"backbones": ["resnet18", "resnet34"]}, r"but stored would be measured with each of resnet18, res"),
+        ({}, {"precisions": ["bf16"]}, r"Nothing is left to measure: this CPU has no bfloat16"),
+        ({}, {"threads": 2}, r"threads must be a list, got '2'"),
     ):
-        config.write_text(yaml.safe_dump(content))
+        config, output = timed(models, **keys)
         with pytest.raises(ValueError, match=message):
-            run_latency(config, tmp_path / "rows.csv")
+            run_latency(config, output)
+    config.write_text(yaml.safe_dump({"models": {}, "image_size": 64}))
+    with pytest.raises(ValueError, match=r"times.yaml' is no grid of the latency benchmark: it has no backbones, p"):
+        run_latency(config, output)
 
 
 def test_export_of_a_checkpoint_that_changed_is_not_taken(tmp_path):
-    from anomalib_rdpp.benchmark.latency import _stamp
-
     path = tmp_path / "model.ckpt"
-    stamps = [_stamp({"ckpt_path": str(path)}) for text in ("one", "other") if path.write_text(text)]
-    assert stamps[0] != stamps[1]
-
-
-def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    from anomalib_rdpp.benchmark import latency, speed
-
-    times = dict.fromkeys((*latency.COLUMNS[5:13], "processor"), 1)
-    fixed = {"backbone": "resnet18", "precision": "fp32", "threads": 2, "image_size": 256}
-    for model in ("RD++", "PatchCore, bank 2048", "PatchCore, bank 16384", "PatchCore, 2 %", "untested"):
-        append_row(tmp_path / "latency.csv", latency.COLUMNS, {"model": model, **fixed, **times})
-    facts = {"epochs": 1, "batch_size": 8, "protocol": "last", "seed": 0}
-    for data, size, model, auroc in (
-        ("mtd", 256, "RD++", 0.5),
-        ("mtd", 128, "RD++", 0.9),
-        ("cookie/a", 256, "PatchCore", 0.7),
-        ("cookie/a", 256, "PatchCore, 2 %", 0.6),
-        ("cookie/a", 256, "RD++", 0.9),
-        ("other", 256, "other", 0.9),
-    ):
-        row = {"data": data, "image_size": size, "model": model, "image_AUROC": auroc}
-        append_row(tmp_path / "rows.csv", COLUMNS, {**facts, **row})
-    drawn, titles, scatter = [], [], Axes.scatter
-
-    def record(axis, x, y, label, **options):
-        drawn.append((label.split(": ")[0], y))
-        return scatter(axis, x, y, label=label, **options)
-
-    monkeypatch.setattr(Axes, "scatter", record)
-    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text.splitlines()[0]))
-    monkeypatch.setattr(speed, "_bars", lambda *_: tmp_path / "bars.png")
-    pictures = speed.draw_latency(tmp_path / "latency.csv", tmp_path, tmp_path / "rows.csv")
-    assert [path.stem.removeprefix("accuracy_latency_resnet18_256px_2threads_") for path in pictures[1:]] == [
-        "mtd",
-        "cookie_a",
-    ]
-    assert titles == ["mtd, 256 px", "cookie/a, 256 px"]
-    assert drawn == [
-        ("RD++", 50),
-        ("RD++", 90),
-        ("PatchCore, bank 2048", 70),
-        ("PatchCore, bank 16384", 70),
-        ("PatchCore, 2 %", 60),
-    ]
-
-
-def test_profile_without_a_model_says_which_file(tmp_path):
-    from anomalib_rdpp.benchmark.layers import layer_table
-
-    with pytest.raises(FileNotFoundError, match=r"No model at '.*none.xml': give the .xml"):
-        layer_table(tmp_path / "none.xml")
-
-
-def test_steps_of_both_ways_are_timed(tmp_path):
-    from anomalib_rdpp.benchmark.steps import COLUMNS as STEPS
-    from anomalib_rdpp.benchmark.steps import run_steps
-
-    table = run_steps(tmp_path / "steps.csv", size=64, batch=2, rounds=1)
-    assert "| transport |" in table
-    rows = read_rows(tmp_path / "steps.csv", STEPS)
-    assert {row["way"] for row in rows} == {"ours", "published"}
-    assert all(float(row["median_ms"]) > 0 for row in rows)
-
-
-def test_curves_have_a_row_per_test_and_are_drawn(grid, tmp_path):
-    from anomalib_rdpp.benchmark.curves import COLUMNS as CURVES
-    from anomalib_rdpp.benchmark.curves import curves_table, draw_curves, run_curves
-
-    average = {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.5}}
-    broken = {"class_path": "anomalib.models.Nothing"}
-    config, output = grid([0], ours=RDPP, another=broken, averaged={**RDPP, "callbacks": [average]})
-    content = yaml.safe_load(config.read_text())
-    content["data"]["tiny"]["epochs"] = 2
-    config.write_text(yaml.safe_dump({**content, "every": 4}))
-    with pytest.raises(ValueError, match="needs `every`, the epochs from test to test, which divides"):
-        run_curves(config, output)
-    config.write_text(yaml.safe_dump({**content, "every": 1}))
-    run_curves(config, output)
-    rows = read_rows(output, CURVES)
-    assert [(row["model"], row["epoch"]) for row in rows] == [
-        (model, epoch) for model in ("averaged", "ours") for epoch in "12"
-    ]
-    assert all(float(row["pixel_AUPRO"]) >= 0 and float(row["val_distance"]) > 0 for row in rows)
-    minutes = [float(row["fit_minutes"]) for row in rows]
-    assert 0 < minutes[0] < minutes[1]
-    run_curves(config, output)
-    assert len(read_rows(output, CURVES)) == 4
-    assert "| tiny | averaged | 1 | 2 |" in curves_table(output)
-    assert [path.name for path in draw_curves(output, tmp_path / "pictures")] == ["curves_tiny.png"]
-
-
-def test_curves_take_the_trainer_of_the_grid_and_of_the_model(grid, monkeypatch):
-    from anomalib_rdpp.benchmark import curves
-
-    config, output = grid([0], ours={**RDPP, "trainer": {"devices": 2}}, alone=RDPP)
-    content = {**yaml.safe_load(config.read_text()), "every": 1, "trainer": {"devices": 1, "strategy": "ddp"}}
-    config.write_text(yaml.safe_dump(content))
-    asked = []
-    monkeypatch.setattr(curves, "Engine", lambda **options: asked.append(options) or mock.Mock())
-    curves.run_curves(config, output)
-    assert [(options["devices"], options["strategy"]) for options in asked] == [(1, "ddp"), (2, "ddp")]
+    entry = {**TOY, "ckpt_path": str(path)}
+    digests = [latency._digest(entry) for text in ("one", "other") if path.write_text(text)]
+    assert digests[0] != digests[1]
+    assert latency._digest(entry) == digests[1]
 
 
 def test_model_of_an_unfinished_run_is_not_taken(grid):
-    from anomalib_rdpp.benchmark.grid import load_trained
-
-    config, output = grid([0], ours=RDPP)
-    run_accuracy(config, output)
+    config, output = grid([0], ours=TOY)
+    run_accuracy([config], output)
     content = yaml.safe_load(config.read_text())
     assert load_trained(content, "tiny", "ours", 0, output.parent)
-    for own in ({"projection": False}, {"backbone": "resnet34"}):
-        content["models"]["ours"] = {**RDPP, "init_args": RDPP["init_args"] | own}
-        with pytest.raises(ValueError, match=r"is of another model than the grid's ours"):
-            load_trained(content, "tiny", "ours", 0, output.parent)
+    content["models"]["ours"] = {**TOY, "init_args": {"width": 5}}
+    with pytest.raises(ValueError, match=r"is of another model than the grid's ours"):
+        load_trained(content, "tiny", "ours", 0, output.parent)
     folder = output.parent / "tiny" / "ours"
     (folder / "64px_batch2_1epochs_seed0").rename(folder / "64px_batch2_5epochs_seed0")
     content["data"]["tiny"]["epochs"] = 5
     with pytest.raises(FileNotFoundError, match="No trained model"):
         load_trained(content, "tiny", "ours", 0, output.parent)
+
+
+def test_benchmark_stays_small():
+    lines = [len(path.read_text().splitlines()) for path in (ROOT / "anomalib_rdpp/benchmark").glob("*.py")]
+    assert sum(lines) <= 1400
+
+
+def test_wheel_takes_no_grid_and_nothing_that_names_our_images():
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hatch_build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hatch_build)
+    data = {"force_include": {}, "force_include_editable": {}}
+    hatch_build.PlaceFiles.initialize(SimpleNamespace(root=str(ROOT)), "standard", data)
+    files = [Path(path) for path in data["force_include"]]
+    assert {path.name for path in files} >= {"rdpp.yaml", "aand.yaml", "anomalib_rdpp_autoload.py"}
+    assert not [path for path in files if "benchmark" in str(path.relative_to(ROOT))]
+    files += (ROOT / "anomalib_rdpp").rglob("*.py")
+    assert not [path for path in files if "../shared" in path.read_text()]
+
+
+def test_package_imports_nothing_of_the_lab():
+    for path in (ROOT / "anomalib_rdpp").rglob("*.py"):
+        assert "experiments" not in path.read_text(), path

@@ -1,1 +1,1 @@
-"""Benchmarks: accuracy and latency of any host models on equal terms."""
+"""Benchmarks: accuracy and latency of any anomalib models on equal terms."""

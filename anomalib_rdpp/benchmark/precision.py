@@ -1,223 +1,153 @@
 """Accuracy that is left in each precision: the trained models of an accuracy grid, exported and tested again."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import nncf
+import numpy as np
 import openvino as ov
+import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.models import AnomalibModule
-from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, Resize
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from anomalib_rdpp.export import calibration_images, quantize
+from anomalib_rdpp.export import calibration_images
 
-from .accuracy import METRICS
-from .grid import build_datamodule, load_trained, read_grid
-from .probe import has_bfloat16
-from .rows import append_row, commit, read_rows
-
-logger = logging.getLogger(__name__)
+from .build import METRICS, build_datamodule, in_row, load_trained, sides
+from .exports import PRECISIONS, export
+from .grid import read_grid, refuse_unknown
+from .probe import has_bfloat16, load_runner
+from .results import Results, commit, markdown
 
 KEY = ("data", "image_size", "model", "seed", "precision")
-COLUMNS = (*KEY, "calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit", "error")
-# What INT8 was chosen from; the first is what an export with int8_ptq does.
-INT8 = {
-    "int8": {},
-    "int8, NNCF's ranges": {
-        "advanced_parameters": nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE)
-    },
-    "int8, 8 bits of weights": {
-        "advanced_parameters": nncf.AdvancedQuantizationParameters(
-            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-        )
-    },
-    "int8, mixed preset": {"preset": nncf.QuantizationPreset.MIXED},
-    "int8, map too": {"ignored_scope": nncf.IgnoredScope()},
-}
-PRECISIONS = ("torch", "fp32", "fp16", "bf16", *INT8, "int8, bf16")
+FACTS = ("calibration_images", "test_images", *METRICS, "openvino", "nncf", "commit", "input_size", "error")
+precision_results = partial(Results, "anomalib_rdpp.benchmark precision", (*KEY, *FACTS), KEY, METRICS)
 
 
 def run_precision(
-    config: Path,
-    results: Path,
-    output: Path,
-    seed: int = 0,
-    data: Sequence[str] | None = None,
-    models: Sequence[str] | None = None,
-    precisions: Sequence[str] = PRECISIONS,
-) -> None:
-    """Test the grid's trained models in torch and in OpenVINO fp32, fp16, bfloat16 and INT8, a row each.
+    grid: Path, results: Path = Path("results"), output: Path = Path("results/precision.csv"), seed: int = 0,
+    data: Sequence[str] | None = None, models: Sequence[str] | None = None, precisions: Sequence[str] = (*PRECISIONS,),
+) -> str:  # fmt: skip
+    """Test an accuracy grid's trained models in torch and OpenVINO's FP32, FP16, bfloat16 and INT8.
 
     What fails becomes a row with its error, and the others go on; the next call tries it again.
 
     Args:
-        config: Grid that ``run_accuracy`` was given.
+        grid: YAML grid that ``accuracy`` was given.
         results: Folder of its CSV, where the checkpoints are.
         output: CSV file, appended to; rows that are there are not run again.
         seed: Of the runs.
-        data: Which of the grid's data, all by default.
-        models: Which of the grid's models, all by default.
-        precisions: Which of ``PRECISIONS``.
+        data: Names of the grid's data, all by default.
+        models: Names of the grid's models, all by default.
+        precisions: Of 'torch', 'fp32', 'fp16', 'bf16', 'int8' and 'int8, bf16'.
+
+    Returns:
+        A Markdown table of the CSV.
 
     Raises:
         ValueError: If data, model or precision is unknown.
     """
-    grid = read_grid(config)
-    for chosen, known in ((data, grid["data"]), (models, grid["models"]), (precisions, PRECISIONS)):
-        if unknown := set(chosen or ()) - set(known):
-            msg = f"Unknown {', '.join(map(repr, sorted(unknown)))}; choose of {', '.join(map(repr, known))}."
-            raise ValueError(msg)
-    for part in data or grid["data"]:
-        for name in models or grid["models"]:
-            done = {tuple(row[key] for key in KEY) for row in read_rows(output, COLUMNS) if not row["error"]}
-            run = {"data": part, "image_size": grid["image_size"], "model": name, "seed": seed}
-            missing = [precision for precision in precisions if (*map(str, run.values()), precision) not in done]
-            try:
-                for row in _rows(grid, run, results, missing):
-                    append_row(output, COLUMNS, row)
-            except Exception as error:  # before the first precision
-                logger.exception("%s on %s failed", name, part)
-                failure = {**run, "commit": commit(), "error": f"{type(error).__name__}: {error}"}
-                for precision in missing:
-                    append_row(output, COLUMNS, {**failure, "precision": precision})
+    refuse_unknown(precisions, PRECISIONS)
+    rows = precision_results(output)
+    for row, trained in each_trained(grid, results, rows, seed, data, models, precisions):
+        with rows.run(row):
+            label = ", ".join(row[name] for name in ("data", "model", "precision"))
+            rows.append({**row, **trained.test(_in_precision(trained, row["precision"]), label)})
+    return precision_table(rows)
 
 
-def _rows(grid: dict[str, Any], run: dict[str, Any], results: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
-    """Export one trained model, test each precision that is missing; one that fails is a row with its error."""
-    if not missing:
-        return
-    datamodule = build_datamodule(grid, run["data"])
-    model = load_trained(
-        grid, run["data"], run["model"], run["seed"], results, has_masks=datamodule.task == "segmentation"
-    )
-    facts = {
-        **run,
-        "calibration_images": len(calibration_images(datamodule)),
-        "test_images": len(datamodule.test_data),
-        "openvino": ov.__version__.split("-")[0],
-        "nncf": nncf.__version__,
-        "commit": commit(),
-    }
-    with TemporaryDirectory() as folder:
-        answers = _answers(model, grid["image_size"], datamodule, Path(folder))
-        for precision in missing:
-            label = f"{run['data']}, {run['model']}, {precision}"
-            try:
-                found: dict[str, Any] = _test(model, answers[precision](), datamodule, label)
-            except Exception as error:
-                logger.exception("%s failed", label)
-                found = {"error": f"{type(error).__name__}: {error}"}
-            yield {**facts, "precision": precision, **found}
+Answer = Callable[[np.ndarray], Mapping[str, Any]]  # from an image to map and score
 
 
-Answer = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+class Trained(NamedTuple):
+    """A trained model beside its data."""
 
+    model: AnomalibModule
+    datamodule: AnomalibDataModule
+    size: int  # of the images that the exported model takes
+    folder: Path  # of its exports
 
-def _answers(
-    model: AnomalibModule,
-    size: int,
-    datamodule: AnomalibDataModule,
-    folder: Path,
-) -> dict[str, Callable[[], Answer]]:
-    """By precision, what makes the model in it: a function from images ``(1, 3, H, W)`` to map and score."""
-    core = ov.Core()
+    def calibration(self) -> list[torch.Tensor]:
+        """Load up to 300 training images without augmentation."""
+        return [resize(batch.image, [self.size, self.size]) for batch in calibration_images(self.datamodule)]
 
-    @cache
-    def fp32() -> ov.Model:
-        return core.read_model(model.to_openvino(folder, input_size=(size, size), onnx_kwargs={"dynamic_shapes": None}))
-
-    def openvino(network: ov.Model, arithmetic: str = "f32") -> Answer:
-        if arithmetic == "bf16" and not has_bfloat16():
-            msg = "This CPU has no bfloat16."
-            raise ValueError(msg)
-        compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": arithmetic})
-
-        def answer(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            found = compiled(images.numpy())
-            return {name: torch.from_numpy(found[name]) for name in ("anomaly_map", "pred_score")}
-
-        return answer
-
-    @torch.no_grad()
-    def pytorch(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = model(images)
-        return {"anomaly_map": found.anomaly_map, "pred_score": found.pred_score}
-
-    def half() -> Answer:
-        ov.save_model(fp32(), folder / "fp16.xml", compress_to_fp16=True)  # as the host's fp16
-        return openvino(core.read_model(folder / "fp16.xml"))
-
-    @cache
-    def quantized(name: str) -> ov.Model:
-        return quantize(fp32(), datamodule, **INT8[name])
-
-    def in_int8(name: str, arithmetic: str = "f32") -> Answer:
-        return openvino(quantized(name), arithmetic)
-
-    return {
-        "torch": lambda: pytorch,
-        "fp32": lambda: openvino(fp32()),
-        "fp16": half,
-        "bf16": lambda: openvino(fp32(), "bf16"),
-        **{name: partial(in_int8, name) for name in INT8},
-        "int8, bf16": partial(in_int8, "int8", "bf16"),
-    }
-
-
-def _test(model: AnomalibModule, answer: Answer, datamodule: AnomalibDataModule, label: str) -> dict[str, float]:
-    """Compute the metrics over the test images, one by one."""
-    dataset = datamodule.test_data.subsample(range(len(datamodule.test_data)))
-    # Resizes image and mask, as the trainer does; what else the pre-processor does, the exported model does itself.
-    resizing = extract_transforms_by_type(model.pre_processor.transform, Resize)
-    dataset.augmentations = Compose(resizing) if resizing else None
-    metrics = model.evaluator.test_metrics
-    for metric in metrics:
-        metric.reset()
-    for batch in tqdm(DataLoader(dataset, collate_fn=dataset.collate_fn), desc=label, unit="image"):
-        found = answer(batch.image)
-        update = ImageBatch(
-            image=batch.image,
-            gt_label=batch.gt_label,
-            gt_mask=batch.gt_mask,
-            anomaly_map=found["anomaly_map"].squeeze(1),
-            pred_score=found["pred_score"],
-        )
+    def test(self, answer: Answer, label: str) -> dict[str, float]:
+        """Compute the metrics over the test images, one by one."""
+        images, transform = self.datamodule.test_data, self.model.pre_processor.transform
+        # Resizes image and mask, as the trainer does; what else there is to do, the exported model does itself.
+        resizing, crop = (extract_transforms_by_type(transform, kind) for kind in (Resize, CenterCrop))
+        dataset = images.subsample(range(len(images)))
+        dataset.augmentations = Compose(resizing or [Resize([self.size, self.size])])
+        metrics = self.model.evaluator.test_metrics
         for metric in metrics:
-            metric.update(update)
-    return {metric.name: round(float(metric.compute()), 4) for metric in metrics if metric.name in METRICS}
+            metric.reset()
+        for batch in tqdm(DataLoader(dataset, collate_fn=dataset.collate_fn), desc=label, unit="image"):
+            found = answer(batch.image.numpy())
+            known = {name: found.get(name) for name in ("anomaly_map", "pred_score")}
+            values = {name: torch.as_tensor(value) for name, value in known.items() if value is not None}
+            update = ImageBatch(image=batch.image, gt_label=batch.gt_label, gt_mask=batch.gt_mask, **values)
+            for each in crop:  # the model has done it
+                update.image, update.gt_mask = each(update.image, update.gt_mask)
+            for metric in metrics:
+                metric.update(update)
+        return in_row({metric.name: metric.compute() for metric in metrics}, images, label)
 
 
-def precision_table(path: Path) -> str:
+def each_trained(
+    grid: Path, results: Path, rows: Results, seed: int,
+    data: Sequence[str] | None, models: Sequence[str] | None, precisions: Iterable[str],
+) -> Iterator[tuple[dict[str, Any], Trained]]:  # fmt: skip
+    """Give a grid's trained models with each row that is to be found; a model that can't be loaded is told in them."""
+    settings = read_grid(grid)
+    refuse_unknown(data, settings["data"])
+    refuse_unknown(models, settings["models"])
+    for part, name in product(data or settings["data"], models or settings["models"]):
+        run = {"data": part, "image_size": settings["image_size"], "model": name, "seed": seed}
+        missing = [row for precision in precisions if not rows.done(row := {**run, "precision": precision})]
+        if not missing:
+            continue
+        with rows.run(*missing), TemporaryDirectory() as folder:
+            datamodule = build_datamodule(settings, part)
+            model = load_trained(settings, part, name, seed, results)
+            size, seen = sides(model.pre_processor, settings["image_size"])
+            facts = {
+                "calibration_images": len(calibration_images(datamodule)), "test_images": len(datamodule.test_data),
+                "input_size": seen, "openvino": ov.__version__.split("-")[0], "nncf": nncf.__version__,
+            }  # fmt: skip
+            for row in missing:
+                yield {**row, **facts, "commit": commit()}, Trained(model, datamodule, size, Path(folder))
+
+
+def _in_precision(trained: Trained, precision: str) -> Answer:
+    """Give the model in a precision."""
+    kind, arithmetic = PRECISIONS[precision]
+    if arithmetic == "bf16" and not has_bfloat16():
+        msg = "This CPU has no bfloat16."
+        raise ValueError(msg)
+    path = export(trained.model, kind, trained.folder, trained.size, trained.calibration)
+    return load_runner(path, torch.get_num_threads(), trained.size, arithmetic)
+
+
+def precision_table(results: Results) -> str:
     """Make a Markdown table: percent, and the difference to torch in points; what failed is in the CSV alone."""
-    rows: list[dict[str, Any]] = [row for row in read_rows(path, COLUMNS) if not row["error"]]
-    lines = [
-        "| data | px | model | seed | precision | " + " | ".join(name.replace("_", " ") for name in METRICS) + " |",
-        "|" + "---|" * (len(METRICS) + 5),
-    ]
-    reference = {_run(row): row for row in rows if row["precision"] == "torch"}
-    for row in rows:
-        cells = []
-        for metric in METRICS:
-            if not row[metric]:
-                cells.append("-")
-                continue
-            value = 100 * float(row[metric])
-            cells.append(f"{value:.1f}")
-            if row["precision"] != "torch" and _run(row) in reference:
-                cells[-1] += f" ({value - 100 * float(reference[_run(row)][metric]):+.1f})"
-        lines.append(f"| {' | '.join([*_run(row), row['precision'], *cells])} |")
-    return "\n".join(lines)
-
-
-def _run(row: dict[str, str]) -> tuple[str, ...]:
-    """Which run a row is of."""
-    return tuple(row[name] for name in KEY[:-1])
+    rows, lines = results.frame(), []
+    for run, own in rows[rows["error"] == ""].groupby(list(KEY[:-1]), sort=False):
+        reference = own[own["precision"] == "torch"].iloc[:1]
+        for row in own.to_dict("records"):
+            line = dict(zip(("data", "px", "model", "seed"), run, strict=True)) | {"precision": row["precision"]}
+            for metric in METRICS:
+                cell = "-" if pd.isna(row[metric]) else f"{100 * row[metric]:.1f}"
+                for value in reference[metric] if row["precision"] != "torch" and cell != "-" else ():
+                    cell += f" ({100 * (row[metric] - value):+.1f})"
+                line[metric.replace("_", " ")] = cell
+            lines.append(line)
+    return markdown(lines)

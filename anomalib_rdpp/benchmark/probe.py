@@ -7,15 +7,16 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
-def load_runner(path: Path, threads: int, size: int, arithmetic: str) -> Callable[[np.ndarray], object]:
-    """Load an exported model (``.xml`` or ``.pt``) as a function of an image ``(1, 3, size, size)``.
+def load_runner(path: Path, threads: int, size: int, arithmetic: str) -> Callable[[np.ndarray], Mapping[str, Any]]:
+    """Load an exported model (``.xml`` or ``.pt``) as a function from an image ``(1, 3, size, size)`` to its answers.
 
     ``arithmetic``, ``f32`` or ``bf16``, is what OpenVINO takes where there are no 8 bits; torch stays in float32.
     """
@@ -25,9 +26,9 @@ def load_runner(path: Path, threads: int, size: int, arithmetic: str) -> Callabl
         torch.set_num_threads(threads)
         module = torch.load(path, weights_only=False)["model"].eval()
 
-        def run(image: np.ndarray) -> object:
+        def run(image: np.ndarray) -> Mapping[str, Any]:
             with torch.inference_mode():
-                return module(torch.from_numpy(image))
+                return module(torch.from_numpy(image))._asdict()
 
         return run
     import openvino as ov  # noqa: PLC0415
@@ -35,11 +36,8 @@ def load_runner(path: Path, threads: int, size: int, arithmetic: str) -> Callabl
     core = ov.Core()
     model = core.read_model(path)
     model.reshape([1, 3, size, size])
-    compiled = core.compile_model(
-        model,
-        "CPU",
-        {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": arithmetic},
-    )
+    options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": arithmetic}
+    compiled = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **options})
     return compiled.create_infer_request().infer
 
 
@@ -60,9 +58,7 @@ def peak_mib() -> int:
     """Peak memory of this process; Linux counts the parent's before the start to ``ru_maxrss``, but not to VmHWM."""
     status = Path("/proc/self/status")
     if status.exists():
-        return (
-            next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) // 1024
-        )
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) // 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 1024)
 
 
@@ -71,8 +67,5 @@ if __name__ == "__main__":
     image = np.zeros((1, 3, int(size), int(size)), np.float32)
     start = time.perf_counter()
     load_runner(Path(file), int(threads), int(size), arithmetic)(image)
-    found = {
-        "first_result_ms": round(1000 * (time.perf_counter() - start)),
-        "peak_mib": peak_mib(),
-    }
+    found = {"first_result_ms": round(1000 * (time.perf_counter() - start)), "peak_mib": peak_mib()}
     sys.stdout.write(f"{json.dumps(found)}\n")

@@ -1,69 +1,85 @@
-"""Tables from the CSV of the accuracy benchmark: mean and standard deviation over seeds, in percent."""
+"""Tables of stored results: mean and standard deviation over seeds, times."""
 
 from pathlib import Path
 
 import pandas as pd
 
-from .accuracy import COLUMNS, KEY, METRICS, PROTOCOLS, read_results
+from .accuracy import PROTOCOLS, accuracy_results
+from .build import METRICS
+from .exports import PRECISIONS
+from .latency import latency_results
+from .results import markdown
 
-SETTINGS = ("epochs", "batch_size")  # runs that differ in these are not averaged
+SETTINGS = ["epochs", "batch_size"]  # runs that differ in these are not averaged
 SAID = dict(zip(PROTOCOLS, ("last epoch, tested once", "**best epoch on the test images**"), strict=True))
+FASTEST = "RD++"  # what the last column of the latency table compares with, in INT8
+FACTS = {"first result ms": "first_result_ms", "memory MiB": "peak_mib", "file MiB": "file_mib"}
 
 
-def accuracy_table(path: Path) -> str:
-    """Make a Markdown table of each data set and model; runs that failed are counted, not hidden.
+def run_report(csv: Path, latency: Path | None = None) -> str:
+    """Print Markdown tables of stored results.
 
     Args:
-        path: CSV that ``run_accuracy`` wrote.
+        csv: CSV of accuracy.
+        latency: CSV of latency.
 
     Returns:
-        A table per protocol, data sets and models in the order of the CSV; the spread is the standard deviation over
-        seeds.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
+        The tables.
     """
-    rows = read_frame(path)
-    return "\n\n".join(_table(own) for _, own in rows.groupby("protocol", sort=False))
+    tables = [accuracy_table(read_accuracy(csv))]
+    return "\n\n".join(tables if latency is None else [*tables, latency_table(latency_results(latency).frame())])
 
 
-def _table(rows: pd.DataFrame) -> str:
-    """Make the table of one protocol."""
-    rows = rows.sort_values("data", key=lambda names: names.map(list(names.unique()).index), kind="stable")
-    metrics = [metric for metric in METRICS if rows[metric].notna().any()]
-    lines = [
-        caption(rows),
-        "",
-        "| data | px | model | seeds | epochs | steps | "
-        + " | ".join(name.replace("_", " ") for name in metrics)
-        + " | fit s |",
-        "|" + "---|" * (len(metrics) + 7),
-    ]
-    for (data, size, model, _, _), runs in rows.groupby(["data", "image_size", "model", *SETTINGS], sort=False):
-        good = runs[runs["error"] == ""]
-        failed = f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""
-        cells = [mean_and_spread(good[metric]) for metric in metrics]
-        lengths = ["-" if good.empty else f"{good[name].median():.0f}" for name in ("epochs", "steps", "fit_seconds")]
-        lines.append(
-            "| " + " | ".join([data, size, model, f"{len(good)}{failed}", *lengths[:2], *cells, lengths[2]]) + " |"
-        )
-    return "\n".join(lines)
-
-
-def read_frame(path: Path) -> pd.DataFrame:
-    """Read an accuracy CSV: of rows with the same key the last, metrics in percent.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-    """
-    if not path.is_file():
-        msg = f"No results at '{path}': run `python -m anomalib_rdpp.benchmark accuracy CONFIG --output {path}` first."
-        raise FileNotFoundError(msg)
-    rows = pd.DataFrame(read_results(path), columns=COLUMNS).drop_duplicates(list(KEY), keep="last")  # retried ones
-    numbers = [*METRICS, "epochs", "steps", "fit_seconds"]
-    rows[numbers] = rows[numbers].apply(pd.to_numeric)
+def read_accuracy(path: Path) -> pd.DataFrame:
+    """Read a CSV of ``accuracy``: of rows with the same key the last, metrics in percent."""
+    rows = accuracy_results(path).frame()
     rows[list(METRICS)] *= 100
     return rows
+
+
+def accuracy_table(rows: pd.DataFrame) -> str:
+    """Make a table per protocol, data sets and models in their order; runs that failed are counted, not hidden."""
+    tables = []
+    for _, own in rows.groupby("protocol", sort=False):
+        lines = []
+        ordered = own.sort_values("data", key=lambda names: names.map(list(names.unique()).index), kind="stable")
+        for (data, size, model, *_), runs in ordered.groupby(["data", "image_size", "model", *SETTINGS], sort=False):
+            good = runs[runs["error"] == ""]
+            failed = f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""
+            line = {"data": data, "px": size + _seen(good), "model": model, "seeds": f"{len(good)}{failed}"}
+            line |= {name: _written(good[name].median(), ".0f") for name in ("epochs", "steps")}
+            line |= {name.replace("_", " "): mean_and_spread(good[name]) for name in METRICS if own[name].notna().any()}
+            lines.append(line | {"fit s": _written(good["fit_seconds"].median(), ".0f")})
+        tables.append(f"{caption(own)}\n\n{markdown(lines)}")
+    return "\n\n".join(tables)
+
+
+def latency_table(rows: pd.DataFrame) -> str:
+    """Make a table per backbone and number of threads.
+
+    Milliseconds as median (10th to 90th percentile); first result, memory and file of INT8; how many times the time of
+    RD++ in INT8 each model takes at its best precision, without bfloat16 and, where that was measured, with it.
+    """
+    tables = []
+    for (backbone, threads, size), own in rows.groupby(["backbone", "threads", "image_size"], sort=False):
+        in_single, lines = own[~own["precision"].str.endswith("bf16")], []
+        ways = [way for way in PRECISIONS if way in set(own["precision"])]
+        bests = {f"x {FASTEST} int8": in_single} | ({"with bf16": own} if len(in_single) < len(own) else {})
+        ours = own[(own["model"] == FASTEST) & (own["precision"] == "int8")]["median_ms"].min()
+        for model, runs in own.set_index("precision").groupby("model", sort=False):
+            good = runs[runs["error"] == ""]
+            shown = next((good.loc[way] for way in ("int8", *reversed(ways)) if way in good.index), {})
+            line = {"model": model + _seen(good), "GMAC": _written(shown.get("gmac"), ".1f")}
+            line |= {way: _interval(runs.loc[way]) if way in runs.index else "-" for way in ways}
+            line |= {head: _written(shown.get(name), ".0f") for head, name in FACTS.items()}
+            for head, chosen in bests.items():
+                line[head] = _written(chosen[chosen["model"] == model]["median_ms"].min() / ours, ".1f")
+            lines.append(line)
+        first, rounds = own.iloc[0], own["rounds"].min()
+        said = f"`{backbone}`, {size} px, batch 1, {threads} threads: ms, median of {rounds:.0f} interleaved rounds"
+        machine = f"{first.processor}, OpenVINO {first.openvino}."
+        tables.append(f"{said} (10th to 90th percentile). {machine}\n\n{markdown(lines)}")
+    return "\n\n".join(tables)
 
 
 def caption(rows: pd.DataFrame) -> str:
@@ -79,6 +95,25 @@ def caption(rows: pd.DataFrame) -> str:
 def mean_and_spread(values: pd.Series, mean: str = ".1f", spread: str = ".1f") -> str:
     """Mean, and standard deviation where there is more than one value."""
     values = values.dropna()
-    if values.empty:
-        return "-"
-    return f"{values.mean():{mean}}" + (f" ± {values.std():{spread}}" if len(values) > 1 else "")
+    return _written(values.mean(), mean) + (f" ± {values.std():{spread}}" if len(values) > 1 else "")
+
+
+def short(milliseconds: float) -> str:
+    """Write with a decimal below 20."""
+    return f"{milliseconds:.{0 if milliseconds >= 20 else 1}f}"
+
+
+def _interval(row: pd.Series) -> str:
+    """Median and spread, or that there is none."""
+    return "failed" if row.error else f"{short(row.median_ms)} ({short(row.p10_ms)}-{short(row.p90_ms)})"
+
+
+def _seen(rows: pd.DataFrame) -> str:
+    """Say what a network sees of its images, where that is another size."""
+    others = rows["input_size"][~rows["input_size"].isin(["", *rows["image_size"]])]
+    return f" (sees {others.iloc[0]} px)" if len(others) else ""
+
+
+def _written(value: float | None, how: str) -> str:
+    """Write a number, or that there is none."""
+    return "-" if value is None or pd.isna(value) else f"{value:{how}}"

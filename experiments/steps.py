@@ -1,4 +1,6 @@
-"""Where the time of a training step goes, beside a step that does what the published program of RD++ does.
+"""Where the time of a training step goes, beside a step that does what the official code of RD++ does.
+
+python -m experiments.steps --rounds 9
 
 Both train the same network on the same images and take turns. The published way: noise pixel by pixel in Python, a
 transport term of 373 annealing steps that compares a batch with itself, channels before pixels in memory.
@@ -8,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +21,16 @@ from torch import nn
 from tqdm import tqdm
 
 from anomalib_rdpp import RDPP
+from anomalib_rdpp.benchmark.cli import run
+from anomalib_rdpp.benchmark.results import Results, commit, markdown
 from anomalib_rdpp.rdpp.loss import contrast_loss, reconstruction_loss, transport_loss
+from anomalib_rdpp.synthesis.noise import SimplexNoise
 
-from .rows import append_row, commit
-
-COLUMNS = ("way", "part", "median_ms", "min_ms", "max_ms", "rounds", "backbone", "image_size", "batch_size", "device", "threads", "torch", "commit")  # fmt: skip # noqa: E501
+NUMBERS = ("median_ms", "min_ms", "max_ms")
+KEY = ("way", "part", "rounds", "backbone", "image_size", "batch_size", "device", "threads", "torch", "commit")
+COLUMNS = ("way", "part", *NUMBERS, *KEY[2:])
+steps_results = partial(Results, "experiments.steps", COLUMNS, KEY, NUMBERS)
+NOISE = SimplexNoise()  # the model's default
 
 
 class Clock:
@@ -46,13 +54,13 @@ class Clock:
 
 
 def run_steps(
-    output: Path,
+    output: Path = Path("results/steps.csv"),
     backbone: str = "resnet18",
     size: int = 256,
     batch: int = 16,
     rounds: int = 7,
 ) -> str:
-    """Time steps of both ways in turns.
+    """Time a training step's parts, beside the official code's way, in turns.
 
     Args:
         output: CSV file, appended to.
@@ -86,45 +94,34 @@ def run_steps(
         "rounds": rounds, "backbone": backbone, "image_size": size, "batch_size": batch, "device": device.type,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
     }  # fmt: skip
-    lines = ["| part | ours: ms (share) | published: ms (share) |", "|---|---|---|"]
-    medians = {name: _medians(clock) for name, clock in clocks.items()}
+    results, lines = steps_results(output), defaultdict(dict)
     for name, clock in clocks.items():
-        for part, median in medians[name].items():
-            times = [times[part] for times in clock.rounds[1:]]
-            row = {"way": name, "part": part, "median_ms": median, "min_ms": min(times), "max_ms": max(times)}
-            append_row(
-                output, COLUMNS, {**{k: round(v, 1) if k.endswith("ms") else v for k, v in row.items()}, **facts}
-            )
-    for part in dict.fromkeys(part for own in medians.values() for part in own):
-        cells = [f"{own[part]:.0f} ({own[part] / own['step']:.1%})" if part in own else "-" for own in medians.values()]
-        lines.append(f"| {part} | {' | '.join(cells)} |")
-    ratios = [
-        theirs["step"] / ours["step"] for ours, theirs in zip(*(c.rounds[1:] for c in clocks.values()), strict=True)
-    ]
-    lines += [
-        "",
-        f"ours does {np.median(ratios):.2f} times the steps per second ({min(ratios):.2f} to {max(ratios):.2f})",
-    ]
-    return "\n".join(lines)
-
-
-def _medians(clock: Clock) -> dict[str, float]:
-    """Median of each part, the first round left out."""
-    return {part: float(np.median([times[part] for times in clock.rounds[1:]])) for part in clock.rounds[-1]}
+        for part in clock.rounds[-1]:
+            times = [times[part] for times in clock.rounds[1:]]  # the first round isn't counted
+            found = {"median_ms": np.median(times), "min_ms": min(times), "max_ms": max(times)}
+            found = {key: round(float(value), 1) for key, value in found.items()}
+            results.append({"way": name, "part": part, **found, **facts})
+            step = np.median([times["step"] for times in clock.rounds[1:]])
+            cell = f"{found['median_ms']:.0f} ({found['median_ms'] / step:.1%})"
+            lines[part] |= {"part": part, f"{name}: ms (share)": cell}
+    both = zip(*(clock.rounds[1:] for clock in clocks.values()), strict=True)
+    ratios = [theirs["step"] / ours["step"] for ours, theirs in both]
+    said = f"ours does {np.median(ratios):.2f} times the steps per second ({min(ratios):.2f} to {max(ratios):.2f})"
+    return f"{markdown(list(lines.values()))}\n\n{said}"
 
 
 def _ours(module: RDPP, images: torch.Tensor, clock: Clock) -> torch.Tensor:
     """Do what RDPP's training step does, part by part."""
     model: nn.Module = module.model
     with clock.part("noise"):
-        noisy = model.noise(images)
+        noisy = NOISE(images)
     with clock.part("teacher"):
         teacher, noisy_teacher = model.teacher(images), model.teacher(noisy)
     return _rest(module, teacher, noisy_teacher, clock, transport_loss)
 
 
 def _published(module: RDPP, images: torch.Tensor, clock: Clock) -> torch.Tensor:
-    """Do the same as the published program does it."""
+    """Do the same as the official code does it."""
     model: nn.Module = module.model
     with clock.part("noise"):
         noisy = images + 0.2 * torch.stack([_pixel_by_pixel(image.shape) for image in images]).to(images)
@@ -178,3 +175,7 @@ def _pixel_by_pixel(shape: torch.Size) -> torch.Tensor:
         places = [np.array([x, y, z]) / 32 * 2**octave for octave in range(6)]
         field[z, top + y, left + x] = sum(0.6**octave * generator.noise3(*place) for octave, place in enumerate(places))
     return field
+
+
+if __name__ == "__main__":
+    run("python -m experiments.steps", run_steps)

@@ -1,5 +1,7 @@
 """The papers' analyses of trained models: what the student sees, and how well the map tells normal from abnormal.
 
+python -m experiments.analyses experiments/configs/rdpp_real.yaml experiments/configs/aand_real.yaml --seed 1 --data mtd
+
 *Compactness*: how far normal test images are from each other in the features that the student sees: the teacher's for
 RD, projected for RD++, amplified for AAND. *Suppression*: the same from each abnormal image to every normal one, and
 how far features move where noise is put on a normal image. *Discrepancy*: the map on normal and on abnormal pixels.
@@ -7,13 +9,12 @@ how far features move where noise is put on a normal image. *Discrepancy*: the m
 Source: Tien et al., CVPR 2023, section 4 (compactness, suppression); Tang et al., IEEE TIP 2026 (score histograms).
 """
 
-import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from anomalib.data.datasets import AnomalibDataset
 from anomalib.models import AnomalibModule
@@ -21,13 +22,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 from tqdm import tqdm
 
-from .features import SCALES, feature_distances, has_student
-from .grid import build_datamodule, epochs_of, load_trained, models_on_data, read_grid
-from .histograms import BINS, Analysis, draw_histograms
-from .report import mean_and_spread
-from .rows import append_row, commit, read_rows
+from anomalib_rdpp.benchmark.build import build_datamodule, load_trained
+from anomalib_rdpp.benchmark.cli import run
+from anomalib_rdpp.benchmark.grid import epochs_of, models_on_data, read_grid, refuse_unknown
+from anomalib_rdpp.benchmark.report import mean_and_spread
+from anomalib_rdpp.benchmark.results import Results, commit, markdown
 
-logger = logging.getLogger(__name__)
+from .features import SCALES, feature_distances, has_student
+from .histograms import BINS, Analysis, draw_histograms
 
 KEY = ("data", "image_size", "model", "seed", "epochs")
 # "teacher" and "student" stand for the features that the teacher gives and those that the student sees.
@@ -39,59 +41,60 @@ FIGURES = (
     "normal_pixels", "abnormal_pixels", "pixel_overlap",
 )  # fmt: skip
 COLUMNS = (*KEY, "normal_images", "abnormal_images", *FIGURES, "commit", "error")
+analyses_results = partial(Results, "experiments.analyses", COLUMNS, KEY, FIGURES)
+FEATURES = {
+    "normal pairs: squared error": "normal_mse",
+    "1 - cosine": "normal",
+    "abnormal / normal pairs": "ratio",
+    "1 - cosine at noise": "noise",
+}
+PIXELS = {"map on normal": "normal_pixels", "on abnormal pixels": "abnormal_pixels", "overlap": "pixel_overlap"}
 DIGITS = (".3g", ".1g")  # of a mean, of its spread
 IMAGES = 40  # normal and abnormal ones whose features are compared, evenly picked: 780 and 1600 pairs
 
 
 def run_analyses(
-    configs: Sequence[Path],
-    results: Path,
-    output: Path,
+    grids: Sequence[Path],
+    results: Path = Path("results"),
+    output: Path = Path("results/analyses.csv"),
     seed: int = 0,
     data: Sequence[str] | None = None,
     models: Sequence[str] | None = None,
-) -> list[Path]:
-    """Analyse trained models, a CSV row each, and draw a picture per data set.
+) -> list[Any]:
+    """Analyse what a grid's trained models do to features, scores and maps.
 
     Args:
-        configs: Grids that ``run_accuracy`` was given; each on its own data.
+        grids: YAML grids that ``accuracy`` was given; each on its own data.
         results: Folder of its CSV, where the checkpoints are.
-        output: CSV file, appended to; pictures go beside it.
+        output: CSV file, appended to; pictures go beside it. A model that fails becomes a row with its error.
         seed: Of the runs, and of the noise.
-        data: Which of the data, all by default.
-        models: Which of the models, all by default.
+        data: Names of the grids' data, all by default.
+        models: Names of the grids' models, all by default.
 
     Returns:
-        The pictures. A model that fails becomes a row with its error.
+        A table and the pictures, one per data set.
 
     Raises:
         ValueError: If data or model is unknown, or two grids have a model of the same name on the same data.
     """
-    known = models_on_data([read_grid(config) for config in configs])
-    for chosen, names in ((data, known), (models, dict.fromkeys(name for own in known.values() for name in own))):
-        if unknown := set(chosen or ()) - set(names):
-            msg = f"Unknown {', '.join(map(repr, sorted(unknown)))}; choose of {', '.join(map(repr, names))}."
-            raise ValueError(msg)
-    pictures = []
+    known, rows, pictures = models_on_data([read_grid(path) for path in grids]), analyses_results(output), []
+    refuse_unknown(data, known)
+    refuse_unknown(models, dict.fromkeys(name for own in known.values() for name in own))
     for part in data or known:
         analyses = {}
         images = build_datamodule(next(iter(known[part].values())), part).test_data
         for name, grid in known[part].items():
             if name not in (models or known[part]):
                 continue
-            run = {"data": part, "image_size": grid["image_size"], "model": name, "seed": seed, "commit": commit()}
-            try:
-                run["epochs"] = epochs_of(grid, part, name)
+            row = {"data": part, "image_size": grid["image_size"], "model": name, "seed": seed, "commit": commit()}
+            row["epochs"] = epochs_of(grid, part, name)
+            with rows.run(row):
                 model = load_trained(grid, part, name, seed, results)
                 analyses[name] = analyse(model, images, grid["image_size"], seed)
-                run |= _figures(analyses[name])
-            except Exception as error:
-                logger.exception("%s on %s failed", name, part)
-                run["error"] = f"{type(error).__name__}: {error}"
-            append_row(output, COLUMNS, run)
+                rows.append({**row, **_figures(analyses[name])})
         if analyses:
             pictures.append(draw_histograms(analyses, output.with_name(f"{output.stem}_{part.replace('/', '_')}.png")))
-    return pictures
+    return [analyses_table(rows), "", *pictures]
 
 
 @torch.no_grad()
@@ -154,39 +157,26 @@ def _overlap(normal: np.ndarray, abnormal: np.ndarray) -> float:
     return float(np.minimum(*shares).sum())
 
 
-def analyses_table(path: Path) -> str:
+def analyses_table(results: Results) -> str:
     """Make a Markdown table: means, with standard deviation over seeds; arrows lead from the teacher to the student.
 
-    Args:
-        path: CSV that ``run_analyses`` wrote; of rows with the same key the last counts.
-
-    Returns:
-        Pair distances of normal images, as squared error and as 1 - cosine; that of abnormal to normal ones, as a
-        multiple of the latter; 1 - cosine at noisy positions; the map's mean on normal and abnormal pixels, and the
-        share that their histograms have in common.
+    Pair distances of normal images, as squared error and as 1 - cosine; that of abnormal to normal ones, as a multiple
+    of the latter; 1 - cosine at noisy positions; the map's mean on normal and abnormal pixels, and the share that their
+    histograms have in common.
     """
-    rows = pd.DataFrame(read_rows(path, COLUMNS), columns=COLUMNS).drop_duplicates(list(KEY), keep="last")
-    rows[list(FIGURES)] = rows[list(FIGURES)].apply(pd.to_numeric)
+    rows, lines = results.frame(), []
     for source in ("teacher", "student"):
         rows[f"{source}_ratio"] = rows[f"{source}_abnormal"] / rows[f"{source}_normal"]
-    lines = [
-        (
-            "| data | px | model | seeds | normal pairs: squared error | 1 - cosine | abnormal / normal pairs "
-            "| 1 - cosine at noise | map on normal | on abnormal pixels | overlap |"
-        ),
-        "|" + "---|" * 11,
-    ]
     for (data, size, model, _), runs in rows.groupby(["data", "image_size", "model", "epochs"], sort=False):
         good = runs[runs["error"] == ""]
-        if good.empty:
-            lines.append(f"| {data} | {size} | {model} | 0 ({len(runs)} failed) |" + " - |" * 7)
-            continue
-        cells = [
-            " → ".join(mean_and_spread(good[f"{source}_{name}"], *DIGITS) for source in ("teacher", "student"))
-            for name in ("normal_mse", "normal", "ratio", "noise")
-        ]
-        cells += [
-            mean_and_spread(good[name], *DIGITS) for name in ("normal_pixels", "abnormal_pixels", "pixel_overlap")
-        ]
-        lines.append(f"| {' | '.join([data, size, model, str(len(good)), *cells])} |")
-    return "\n".join(lines)
+        failed = f" ({len(runs) - len(good)} failed)" if len(good) < len(runs) else ""
+        line = {"data": data, "px": size, "model": model, "seeds": f"{len(good)}{failed}"}
+        for head, name in FEATURES.items():
+            each = [mean_and_spread(good[f"{source}_{name}"], *DIGITS) for source in ("teacher", "student")]
+            line[head] = " → ".join(each)
+        lines.append(line | {head: mean_and_spread(good[name], *DIGITS) for head, name in PIXELS.items()})
+    return markdown(lines)
+
+
+if __name__ == "__main__":
+    run("python -m experiments.analyses", run_analyses)

@@ -1,0 +1,107 @@
+"""Pictures of latency: bars per model and precision, and accuracy over the time of each model's best precision.
+
+python -m experiments.chart experiments/results/latency.csv --accuracy experiments/results/real.csv --pictures docs/images
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import LogLocator
+
+from anomalib_rdpp.benchmark.accuracy import PROTOCOLS
+from anomalib_rdpp.benchmark.cli import run
+from anomalib_rdpp.benchmark.exports import PRECISIONS
+from anomalib_rdpp.benchmark.latency import latency_results
+from anomalib_rdpp.benchmark.report import SETTINGS, read_accuracy, short
+
+
+def draw_charts(latency: Path, accuracy: Path | None = None, pictures: Path = Path("results")) -> list[Path]:
+    """Draw bars of latency, and accuracy over latency for data that were tested at the same image size.
+
+    Args:
+        latency: CSV of latency.
+        accuracy: CSV of accuracy, of the same backbone. A model's name there is the name here, or that up to the first
+            comma; others are left out.
+        pictures: Folder for pictures.
+
+    Returns:
+        The pictures.
+    """
+    times, tested = latency_results(latency).frame(), None if accuracy is None else read_accuracy(accuracy)
+    times, drawn = times[times["error"] == ""], []
+    pictures.mkdir(parents=True, exist_ok=True)
+    for (backbone, threads, size), own in times.groupby(["backbone", "threads", "image_size"], sort=False):
+        stem = f"{backbone}_{size}px_{threads}threads"
+        said = f"{backbone}, {size} px, batch 1, {threads} threads"
+        drawn.append(_bars(own, said, pictures / f"latency_{stem}.png"))
+        if tested is None:
+            continue
+        last = tested[(tested["protocol"] == PROTOCOLS[0]) & (tested["error"] == "") & (tested["image_size"] == size)]
+        for data, results in last.groupby("data", sort=False):
+            best = _best(own, results)
+            if len(best):
+                picture = pictures / f"accuracy_latency_{stem}_{data.replace('/', '_')}.png"
+                drawn.append(_bubbles(best, data, picture))
+    return drawn
+
+
+def _bars(rows: pd.DataFrame, said: str, path: Path) -> Path:
+    """Draw a group of bars per model, a bar per precision."""
+    models, ways = list(dict.fromkeys(rows["model"])), [way for way in PRECISIONS if way in set(rows["precision"])]
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.75 * len(models)), layout="constrained")
+    height = 0.8 / len(ways)
+    for i, way in enumerate(ways):
+        own = rows[rows["precision"] == way].set_index("model").reindex(models)
+        places = [place + i * height for place in range(len(models))]
+        spread = [own["median_ms"] - own["p10_ms"], own["p90_ms"] - own["median_ms"]]
+        colour = plt.get_cmap("viridis")(0.85 * i / max(1, len(ways) - 1))
+        label = way if way == "torch" else f"OpenVINO {way}"
+        bars = axis.barh(places, own["median_ms"], height, xerr=spread, color=colour, label=label, ecolor="0.4")
+        axis.bar_label(bars, fmt=short, padding=4, fontsize=7)
+    axis.set_yticks([place + 0.4 - height / 2 for place in range(len(models))], models)
+    axis.invert_yaxis()
+    axis.margins(x=0.08)
+    axis.set(title=said, xlabel="milliseconds per image (median; lines: 10th to 90th percentile)")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _best(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Give each model's best precision with its image AUROC, a mean of seeds; of epochs and batch sizes the last.
+
+    Without bfloat16: the accuracy is that of single precision, which INT8 keeps within a stated loss.
+    """
+    rows = rows[~rows["precision"].str.endswith("bf16")]
+    auroc = results.groupby(["model", *SETTINGS], sort=False)["image_AUROC"].mean().groupby("model").last()
+    best = rows.loc[rows.groupby("model", sort=False)["median_ms"].idxmin()]
+    names = best["model"].where(best["model"].isin(auroc.index), best["model"].str.split(", ").str[0])
+    return best.assign(auroc=names.map(auroc)).dropna(subset="auroc")
+
+
+def _bubbles(best: pd.DataFrame, data: str, path: Path) -> Path:
+    """Draw image AUROC over time; the area is the peak memory."""
+    figure, axis = plt.subplots(figsize=(7.5, 6), layout="constrained")
+    for i, row in enumerate(best.itertuples()):
+        label = f"{row.model}: {row.precision}, {short(row.median_ms)} ms, {row.peak_mib:.0f} MiB"
+        colour = plt.get_cmap("tab10")(i % 10)
+        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=colour, label=label)
+    axis.set_xscale("log", subs=[])
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.margins(0.2)
+    for handle in figure.legend(loc="outside lower center", ncols=2, fontsize=8).legend_handles:
+        handle.set_sizes([40])
+    axis.set(xlabel="milliseconds per image, best precision", ylabel="image AUROC in %, last epoch, mean of seeds")
+    first = best.iloc[0]
+    machine = f"Times of {first.backbone}, {first.processor}, {first.threads} threads; area: peak memory"
+    axis.set_title(f"{data}, {first.image_size} px\n{machine}", fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    run("python -m experiments.chart", draw_charts)

@@ -1,0 +1,195 @@
+"""Accuracy over the minutes of training: a model is tested every few epochs of one fit, one CSV row each time.
+
+python -m experiments.curves experiments/configs/curves.yaml --output results/curves.csv --pictures results
+
+The time of the tests isn't counted. A fit whose last epoch is in the CSV is not run again; one that was cut short or
+failed starts anew.
+"""
+
+import logging
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.engine import Engine
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import instantiate_class
+from tqdm import tqdm
+
+from anomalib_rdpp.benchmark.build import METRICS, build_datamodule, build_model, in_row
+from anomalib_rdpp.benchmark.cli import run
+from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, runs_of
+from anomalib_rdpp.benchmark.results import Results, commit, markdown
+
+logger = logging.getLogger(__name__)
+
+KEY = ("data", "model", "seed", "epoch", "image_size", "batch_size")
+NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance")
+COLUMNS = (*KEY, *NUMBERS[1:], "commit", "error")
+SHOWN = ("image_AUROC", "pixel_AUPRO")
+curves_results = partial(Results, "experiments.curves", COLUMNS, KEY, NUMBERS)
+
+
+def run_curves(grid: Path, output: Path = Path("results/curves.csv"), pictures: Path = Path("results")) -> list[Any]:
+    """Test models every few epochs: accuracy over minutes of training.
+
+    Args:
+        grid: YAML as of accuracy, with `every`, the epochs from test to test; a model may have `callbacks`, a list of
+            `class_path` and `init_args`.
+        output: CSV file, appended to; rows in it are kept.
+        pictures: Folder for pictures.
+
+    Returns:
+        A table and the pictures.
+
+    Raises:
+        ValueError: If the grid doesn't say how often to test, or not so that the last epoch is tested.
+    """
+    settings, results = read_grid(grid), curves_results(output)
+    if any(epochs_of(settings, data, model) % settings.get("every", math.inf) for data, model, _ in runs_of(settings)):
+        msg = f"'{grid}' needs `every`, the epochs from test to test, which divides the epochs of all models."
+        raise ValueError(msg)
+    sizes = {name: settings[name] for name in ("image_size", "batch_size")}
+    for data, model, seed in runs_of(settings):
+        row = {"data": data, "model": model, "seed": seed, **sizes, "commit": commit()}
+        if results.done({**row, "epoch": epochs_of(settings, data, model)}):
+            continue
+        logger.warning("%s on %s, seed %d", model, data, seed)
+        with results.run({**row, "epoch": 0}):
+            _fit(settings, data, model, seed, Curve(results, row))
+    rows = _rows_of(results)
+    return [curves_table(rows), "", *draw_curves(rows, pictures)]
+
+
+class Curve(Callback):
+    """Note the CPU minutes of training and the metrics of each test, which is anomalib's validation."""
+
+    def __init__(self, results: Results, row: dict[str, Any]) -> None:
+        self.results, self.row = results, row
+        self.seconds = self.start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del pl_module
+        self.bar = tqdm(total=trainer.max_epochs, desc=f"{self.row['model']} on {self.row['data']}", unit="epoch")
+        self.start = time.process_time()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show how far it is."""
+        del pl_module
+        self.bar.update(trainer.current_epoch - self.bar.n)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        del trainer, pl_module
+        self.seconds += time.process_time() - self.start
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a row, go on with the clock."""
+        del pl_module
+        known, images = trainer.callback_metrics, trainer.datamodule.val_data
+        row = {"epoch": trainer.current_epoch + 1, "steps": trainer.global_step} | in_row(
+            known, images, self.row["data"]
+        )
+        if "val_distance" in known:
+            row["val_distance"] = round(float(known["val_distance"]), 4)
+        self.results.append({**self.row, "fit_minutes": round(self.seconds / 60, 3), **row})
+        self.bar.set_postfix({name: row.get(name) for name in SHOWN}, refresh=False)
+        self.start = time.process_time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the bar full."""
+        del pl_module
+        self.bar.update(trainer.current_epoch - self.bar.n)
+        self.bar.close()
+
+
+def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -> None:
+    """Train one model, test it every few epochs."""
+    seed_everything(seed, workers=True)
+    datamodule, folder = build_datamodule(grid, data), curve.results.path.parent
+    datamodule.val_data = datamodule.test_data
+    own = grid["models"][model]
+    options = {"enable_progress_bar": False, **grid.get("trainer", {}), **own.get("trainer", {})}
+    others = [instantiate_class((), each) for each in own.get("callbacks", ())]
+    engine = Engine(
+        max_epochs=epochs_of(grid, data, model),
+        check_val_every_n_epoch=grid["every"],
+        default_root_dir=folder / "curves",
+        num_sanity_val_steps=0,
+        logger=False,
+        callbacks=[curve, ModelCheckpoint(folder, save_top_k=0), *others],
+        **options,
+    )
+    engine.fit(build_model(grid, model), datamodule=datamodule)
+
+
+def _rows_of(results: Results) -> pd.DataFrame:
+    """Read the rows that didn't fail; of a fit that was begun twice, the later ones."""
+    rows = results.frame()
+    return rows[rows["error"] == ""].sort_values("epoch", kind="stable")
+
+
+def curves_table(rows: pd.DataFrame) -> str:
+    """Make a Markdown table of each setting's end, and of when it came to where the first one ended.
+
+    Means are over seeds in percent, up to the last epoch that all of them have; minutes are those of the CPU, without
+    tests.
+    """
+    lines = []
+    for (data, _), own in rows.groupby(["data", "image_size"], sort=False):
+        ends: dict[str, float] = {}
+        for (model, _), runs in own.groupby(["model", "batch_size"], sort=False):
+            common = runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()
+            curve = runs[common].groupby("epoch")[["fit_minutes", *SHOWN]].mean()
+            last = curve.iloc[-1]
+            ends = ends or {name: last[name] for name in SHOWN}
+            reached = [curve.loc[curve[name] >= end, "fit_minutes"].min() for name, end in ends.items()]
+            line = {"data": data, "model": model, "seeds": str(runs["seed"].nunique()), "epochs": str(curve.index[-1])}
+            line |= {"minutes": f"{last['fit_minutes']:.1f}"}
+            line |= {name: f"{100 * last[key]:.1f}" for name, key in zip(("image AUROC", "AUPRO"), SHOWN, strict=True)}
+            for name, minutes in zip(("minutes to the first's AUROC", "its AUPRO"), reached, strict=True):
+                line[name] = "-" if pd.isna(minutes) else f"{minutes:.1f}"
+            lines.append(line)
+    return markdown(lines)
+
+
+def draw_curves(rows: pd.DataFrame, pictures: Path) -> list[Path]:
+    """Draw image AUROC and AUPRO over the CPU minutes, a picture for each data set: mean of the seeds, thin lines each.
+
+    Models with fewer seeds than the first are left out, and so is the lowest tenth of the values, which the first
+    epochs have.
+    """
+    pictures.mkdir(parents=True, exist_ok=True)
+    files = []
+    for data, own in rows.groupby("data", sort=False):
+        seeds = own.groupby("model", sort=False)["seed"].nunique()
+        shown = own[own["model"].isin(seeds.index[seeds >= seeds.iloc[0]])]
+        figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 5), layout="constrained")
+        for axis, metric in zip(axes, SHOWN, strict=True):
+            for i, ((model, _), runs) in enumerate(shown.groupby(["model", "batch_size"], sort=False)):
+                colour = plt.get_cmap("tab10")(i % 10)
+                for _, each in runs.groupby("seed"):
+                    axis.plot(each["fit_minutes"], 100 * each[metric], color=colour, alpha=0.3, linewidth=0.8)
+                curve = runs.groupby("epoch")[["fit_minutes", metric]].mean()
+                axis.plot(curve["fit_minutes"], 100 * curve[metric], ".-", color=colour, label=model)
+            axis.set_ylim(bottom=100 * shown[metric].quantile(0.1) - 0.1)
+            axis.set_xlabel("CPU minutes of training")
+            axis.set_ylabel(f"{metric.replace('_', ' ')} in %")
+            axis.grid(alpha=0.3)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        figure.suptitle(f"{data}, {own['image_size'].iloc[0]} px: mean of {seeds.iloc[0]} seeds (thin: each)")
+        files.append(pictures / f"curves_{data.replace('/', '_')}.png")
+        figure.savefig(files[-1], dpi=110)
+        plt.close(figure)
+    return files
+
+
+if __name__ == "__main__":
+    run("python -m experiments.curves", run_curves)
