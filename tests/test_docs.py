@@ -150,8 +150,8 @@ def test_documents_name_the_commands_that_a_user_needs():
 
 
 def parameters(document: str) -> list:
-    """Each command of a document, by its place; slow are exports that differ little from others."""
-    is_slow = re.compile("FP16|bottle.ckpt")
+    """Each command of a document, by its place; slow is what other tests or commands do nearly alike."""
+    is_slow = re.compile("configs/|export(?!.*INT8_PTQ)|bottle.ckpt")
     return [
         pytest.param(command, id=f"{document}-{i}", marks=[pytest.mark.slow] if is_slow.search(command) else [])
         for i, command in enumerate(commands(document))
@@ -181,17 +181,22 @@ def test_test_after_train_gives_the_same_figures(trained, capsys):
     assert figures[0] == figures[1]
 
 
-def test_int8_command_gives_a_model_for_any_size(trained, capsys):
+@pytest.fixture
+def exported(trained, capsys) -> Path:
+    """Folder of the model that README's INT8 command writes."""
     trained.run(commands("README.md")[-1], capsys)
-    inferencer = OpenVINOInferencer(trained.folder / "results/int8/weights/openvino/model.xml")
-    for path in (trained.folder / "part.png", *trained.folder.glob("images/test/defect/*.png")):
+    return trained.folder / "results/int8/weights/openvino"
+
+
+def test_int8_command_gives_a_model_for_any_size(desk, exported):
+    inferencer = OpenVINOInferencer(exported / "model.xml")
+    for path in (desk.folder / "part.png", *desk.folder.glob("images/test/defect/*.png")):
         assert 0 <= inferencer.predict(path).pred_score.item() <= 1
 
 
-def test_python_block_of_the_edge_page_runs_as_printed(trained, capsys, monkeypatch):
-    trained.run(commands("docs/edge.md")[0], capsys)
-    monkeypatch.chdir(trained.folder / "results/weights/openvino")
-    shutil.copy(trained.folder / "part.png", ".")
+def test_python_block_of_the_edge_page_runs_as_printed(desk, exported, monkeypatch):
+    monkeypatch.chdir(exported)
+    shutil.copy(desk.folder / "part.png", ".")
     exec(blocks("docs/edge.md", "python")[0], {})
 
 
