@@ -127,8 +127,7 @@ def _published(module: RDPP, images: torch.Tensor, clock: Clock) -> torch.Tensor
         noisy = images + 0.2 * torch.stack([_pixel_by_pixel(image.shape) for image in images]).to(images)
     with clock.part("teacher"):
         teacher, noisy_teacher = (
-            list(model.teacher.extractor((batch - model.teacher.mean) / model.teacher.std).values())
-            for batch in (images, noisy)
+            model.teacher.network((batch - model.teacher.mean) / model.teacher.std) for batch in (images, noisy)
         )
     return _rest(module, teacher, noisy_teacher, clock, _self_transport)
 
