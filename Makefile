@@ -1,7 +1,7 @@
 # make demo: set up, then train, test, picture and export RD++ on generated data
 # make test: set up, then run the tests; make test-all: those that take minutes too
 # make docs: build the documentation into site/
-# make notebooks: run all notebooks quickly; make notebooks QUICK=: as they are, some minutes each
+# make notebooks: run all notebooks quickly; make notebooks QUICK= SAVE=1: as they are, minutes each, and keep the outputs
 PYTHON ?= python3
 BIN := .venv/bin
 QUICK ?= 1
@@ -22,7 +22,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: .venv/notebooks
-	QUICK=$(QUICK) $(BIN)/jupyter-execute $(wildcard notebooks/*.ipynb)
+	QUICK=$(QUICK) $(BIN)/jupyter-execute $(if $(SAVE),--inplace) $(wildcard notebooks/*.ipynb)
 
 # constraints.txt holds the versions that were tested together, so that a new release of a dependency breaks nobody.
 .venv/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard startup/*)
