@@ -76,7 +76,7 @@ def test_too_small_a_data_set_is_refused(tmp_path, wrong):
 
 
 def test_demo_runs_from_end_to_end(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("anomalib_rdpp.demo.teacher.BACKBONE", "test_resnet")
+    monkeypatch.setattr("anomalib_rdpp.demo.teacher.CANDIDATES", ("test_resnet",))
     results = run_demo(tmp_path, epochs=1, size=64, train=8, test=16, pre_trained=False)
     printed = capsys.readouterr().out
     assert "RANDOM TEACHER" in printed
