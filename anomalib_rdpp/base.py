@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import Batch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Normalize, Resize
 
 from anomalib_rdpp.export import SafeExportMixin
+from anomalib_rdpp.resize import keep_antialias
 from anomalib_rdpp.teacher import architecture
 
 SLACK = 0.05  # resizing and augmentations may overshoot a little
@@ -53,6 +54,15 @@ class DistillationMixin(SafeExportMixin):
     def learning_type(self) -> LearningType:
         """Learn from normal images."""
         return LearningType.ONE_CLASS
+
+    def forward(self, batch: torch.Tensor, *args: object, **kwargs: object) -> InferenceBatch:
+        """Give map and score of images of any size; exported graphs are made from this."""
+        del args, kwargs
+        if isinstance(self.pre_processor, PreProcessor):
+            keep_antialias(self.pre_processor.transform, self.pre_processor.export_transform)
+        images = self.pre_processor(batch) if self.pre_processor else batch
+        predictions = self.model(images.clamp(0, 1))  # a bicubic resize overshoots
+        return self.post_processor(predictions) if self.post_processor else predictions
 
     def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Add map and score to the batch."""

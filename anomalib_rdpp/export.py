@@ -1,8 +1,8 @@
 """Exports that are whole or not there, and INT8 calibrated on normal images.
 
-The host writes a model straight under its final name and calibrates INT8 on the validation images, which by its default
+anomalib writes a model straight under its final name and calibrates INT8 on the validation images, which by its default
 are the test images. Here the files are moved into place when they are complete, and calibration for INT8_PTQ takes
-training images; INT8_ACQ is the host's.
+training images; INT8_ACQ is anomalib's.
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import AnomalibDataModule
 from anomalib.deploy import CompressionType
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
+
+from anomalib_rdpp.resize import resize_as_torch
 
 if TYPE_CHECKING:
     import nncf
@@ -28,10 +30,10 @@ CALIBRATION_IMAGES = 300  # at most; NNCF's default
 
 
 class SafeExportMixin:
-    """The host's export methods, by way of a folder that is gone when they fail."""
+    """anomalib's export methods, by way of a folder that is gone when they fail."""
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export as the host does, whole or not at all."""
+        """Export as anomalib does, whole or not at all."""
         with _move_when_whole(export_root) as folder:
             path = super().to_torch(folder, model_file_name)
         return Path(export_root) / path.relative_to(folder)
@@ -43,13 +45,13 @@ class SafeExportMixin:
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Path:
-        """Export as the host does, whole or not at all.
+        """Export as anomalib does, whole or not at all.
 
         Raises:
             ModuleNotFoundError: If a package that this needs is not installed.
         """
         _require("onnx", "onnxscript")
-        kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to the host's 14, and go on
+        kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to anomalib's 14, and go on
         with _move_when_whole(export_root) as folder:
             path = super().to_onnx(folder, model_file_name, input_size, **kwargs)
         return Path(export_root) / path.relative_to(folder)
@@ -63,7 +65,7 @@ class SafeExportMixin:
         datamodule: AnomalibDataModule | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Path:
-        """Export as the host does, whole or not at all; what can't work is said before work starts.
+        """Export as anomalib does, whole or not at all; what can't work is said before work starts.
 
         Raises:
             ModuleNotFoundError: If a package that this needs is not installed.
@@ -79,14 +81,20 @@ class SafeExportMixin:
                 "datamodule=), or take INT8, which compresses the weights alone."
             )
             raise ValueError(msg)
-        with _move_when_whole(export_root) as folder:
-            path = super().to_openvino(folder, model_file_name, input_size, compression_type, datamodule, **kwargs)
-        return Path(export_root) / path.relative_to(folder)
+        import openvino as ov  # noqa: PLC0415  takes a second, and isn't needed elsewhere
 
-    @staticmethod
-    def _post_training_quantization_ov(model: "Model", datamodule: AnomalibDataModule | None = None) -> "Model":
-        """Do what ``quantize`` does, where the host would calibrate on validation images."""
-        return quantize(model, datamodule)
+        ours = compression_type == CompressionType.INT8_PTQ
+        with TemporaryDirectory() as raw, _move_when_whole(export_root) as folder:
+            path = super().to_openvino(
+                raw, model_file_name, input_size, None if ours else compression_type, datamodule, **kwargs
+            )
+            model = resize_as_torch(ov.Core().read_model(path))
+            if ours:
+                model = quantize(model, datamodule)
+            path = path.relative_to(raw)
+            (folder / path).parent.mkdir(parents=True)
+            ov.save_model(model, folder / path, compress_to_fp16=False)  # what is in FP16 already stays so
+        return Path(export_root) / path
 
 
 def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> "Model":  # noqa: ANN401
@@ -102,19 +110,30 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
     """
     import nncf  # noqa: PLC0415  takes seconds, and isn't needed elsewhere
 
-    height, width = model.input(0).partial_shape[2], model.input(0).partial_shape[3]
+    images = _Pixels(calibration_images(datamodule), model)
+    return quantize_all_but_map(model, nncf.Dataset(images), subset_size=len(images), **options)
 
-    def prepare(batch: ImageBatch) -> torch.Tensor:
-        if height.is_static and width.is_static:
-            return resize(batch.image, [height.get_length(), width.get_length()])
-        return batch.image
 
-    images = calibration_images(datamodule)
-    return quantize_all_but_map(model, nncf.Dataset(images, prepare), subset_size=len(images), **options)
+class _Pixels:
+    """Batches of the size that a model takes, and a black and a white one, so that no defect is beyond the input."""
+
+    def __init__(self, loader: DataLoader, model: "Model") -> None:
+        sides = [side.get_length() if side.is_static else None for side in model.input(0).partial_shape]
+        self.size, self.batch_size = sides[2:], sides[0] or 1
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader) + 2
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in self.loader:
+            image = resize(batch.image, self.size) if all(self.size) else batch.image
+            yield (images := image.expand(self.batch_size, -1, -1, -1))
+        yield from (torch.zeros_like(images), torch.ones_like(images))
 
 
 def quantize_all_but_map(model: "Model", images: "nncf.Dataset", **options: Any) -> "Model":  # noqa: ANN401
-    """Quantise to INT8 all that comes before the anomaly map.
+    """Quantise to INT8 all between the resize and the anomaly map.
 
     Args:
         model: OpenVINO model.
@@ -128,8 +147,9 @@ def quantize_all_but_map(model: "Model", images: "nncf.Dataset", **options: Any)
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
 
     model = make_upsampling_pointwise(model.clone())
+    resizes = [each.get_friendly_name() for each in model.get_ops() if each.get_type_name() == "Interpolate"]
     chosen = {
-        "ignored_scope": nncf.IgnoredScope(names=map_operations(model), validate=False),
+        "ignored_scope": nncf.IgnoredScope(names=resizes + map_operations(model), validate=False),
         "advanced_parameters": nncf.AdvancedQuantizationParameters(
             # Defects reach beyond what normal images do; NNCF's default, the mean of the images' extremes, cuts both.
             activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,

@@ -1,0 +1,184 @@
+"""Exported graphs answer as the Engine does, on files of any size and in INT8."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino as ov
+import pytest
+import torch
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import Folder, PredictDataset
+from anomalib.data.utils import read_image
+from anomalib.deploy import OpenVINOInferencer
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode, Resize
+
+from anomalib_rdpp import RDPP
+from anomalib_rdpp.export import map_operations
+from anomalib_rdpp.resize import resize_as_torch
+
+PHOTOGRAPH = Path(__file__).parent / "cases" / "texture_576x768.jpg"
+FOLDER = {"name": "tiny", "normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}
+
+
+def compiled(network):
+    """In single precision, where OpenVINO takes bfloat16 by itself if the CPU has it."""
+    return ov.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_folder, tmp_path_factory):
+    """RD++ after two steps at 64 px, with scores as they are."""
+    model = RDPP(
+        "resnet18",
+        pre_trained=False,
+        pre_processor=RDPP.configure_pre_processor((64, 64)),
+        post_processor=PostProcessor(enable_normalization=False),
+    )
+    data = Folder(root=tiny_folder, train_batch_size=3, num_workers=0, seed=0, **FOLDER)
+    engine = Engine(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=tmp_path_factory.mktemp("trained"))
+    engine.fit(model, datamodule=data)
+    return engine.best_model_path
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """Names of the files that were opened as images."""
+    paths, open_image = [], Image.open
+
+    def note(path, *more, **named):
+        paths.append(Path(path))
+        return open_image(path, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "open", note)
+        yield paths
+
+
+@pytest.fixture(scope="module")
+def int8(checkpoint, tiny_folder, tmp_path_factory, opened):  # noqa: ARG001  from before on
+    """INT8_PTQ by anomalib's command line, for any size."""
+    root = tmp_path_factory.mktemp("int8")
+    data = [f"--data.{name}={value}" for name, value in {**FOLDER, "root": tiny_folder, "num_workers": 0}.items()]
+    model = [
+        "--model",
+        "RDPP",
+        "--model.backbone",
+        "resnet18",
+        "--model.pre_trained",
+        "false",
+        "--ckpt_path",
+        checkpoint,
+    ]
+    kind = ["--export_type", "openvino", "--compression_type", "INT8_PTQ", "--export_root", str(root)]
+    AnomalibCLI(args=["export", *model, *kind, "--data", "anomalib.data.Folder", *data])
+    return root / "weights" / "openvino" / "model.xml"
+
+
+@pytest.fixture(scope="module")
+def fixed_int8(checkpoint, tiny_folder, tmp_path_factory):
+    """INT8_PTQ with a batch of four, 128 x 96."""
+    model = RDPP.load_from_checkpoint(checkpoint)
+    model.pre_processor = RDPP.configure_pre_processor((128, 96))
+    return Engine(accelerator="cpu", devices=1, default_root_dir=tmp_path_factory.mktemp("fixed")).export(
+        model,
+        "openvino",
+        input_size=(128, 96),
+        compression_type="int8_ptq",
+        datamodule=Folder(root=tiny_folder, num_workers=0, **FOLDER),
+        ov_kwargs={"input": [4, 3, 128, 96]},
+    )
+
+
+def test_int8_calibrates_on_training_images(int8, opened, tiny_folder):
+    assert int8.is_file()
+    read = {path.parent for path in opened}
+    assert tiny_folder / "train/good" in read
+    assert not any(tiny_folder / "test" in folder.parents for folder in read), "test images stay unseen"
+
+
+@pytest.mark.parametrize(("kind", "size", "batch"), [("int8", (64, 64), 1), ("fixed_int8", (128, 96), 4)])
+def test_int8_keeps_map_in_float_and_the_score_of_a_defect(kind, size, batch, request, checkpoint, tiny_folder):
+    network = ov.Core().read_model(request.getfixturevalue(kind))
+    operations = {operation.get_friendly_name(): operation for operation in network.get_ops()}
+    assert "FakeQuantize" in {operation.get_type_name() for operation in operations.values()}
+    in_float = map_operations(network)
+    assert any(operations[name].get_type_name() == "MatMul" for name in in_float)
+    assert not any(operations[name].get_type_name() == "FakeQuantize" for name in in_float)
+    model = RDPP.load_from_checkpoint(checkpoint).eval()
+    model.pre_processor = RDPP.configure_pre_processor(size)
+    image = read_image(tiny_folder / "test/square/0.png", as_tensor=True)[None]
+    given = image if batch == 1 else Resize(size)(image).expand(batch, -1, -1, -1)
+    with torch.no_grad():
+        exact = float(model(image).pred_score)
+    np.testing.assert_allclose(compiled(network)(given.numpy())["pred_score"], [exact] * batch, rtol=0.01)
+
+
+def test_int8_takes_a_photograph_as_it_is(int8, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the inferencer puts its cache
+    answer = OpenVINOInferencer(int8, "CPU").predict(PHOTOGRAPH)
+    assert answer.anomaly_map.squeeze().shape == (64, 64)
+
+
+def test_exported_graphs_answer_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tmp_path):
+    model = RDPP.load_from_checkpoint(checkpoint)
+    Image.open(PHOTOGRAPH).crop((0, 0, 41, 57)).save(tmp_path / "small.png")
+    engine = Engine(accelerator="cpu", devices=1, default_root_dir=tmp_path)
+    network = compiled(model.to_openvino(tmp_path))
+    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
+    for path in (PHOTOGRAPH, tmp_path / "small.png", tiny_folder / "test/square/0.png"):
+        expected = engine.predict(model, dataset=PredictDataset(path))[0].anomaly_map.squeeze()
+        image = read_image(path, as_tensor=True)[None]
+        with torch.no_grad():
+            answers = {"torch": model.eval()(image).anomaly_map, "openvino": network(image.numpy())["anomaly_map"]}
+        answers["onnx"] = session.run(["anomaly_map"], {"input": image.numpy()})[0]
+        for name, answer in answers.items():
+            np.testing.assert_allclose(np.squeeze(answer), expected, atol=1e-3, err_msg=f"{name}, {path}")
+
+
+@pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
+def test_openvino_resizes_as_torch_does(mode, tmp_path):
+    resize = Resize((64, 96), mode)
+    dynamic = torch.export.Dim.DYNAMIC
+    torch.onnx.export(
+        torch.nn.Sequential(resize, torch.nn.ReLU()),
+        (torch.rand(2, 3, 70, 80),),
+        tmp_path / "resize.onnx",
+        dynamo=True,
+        opset_version=18,
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+    )
+    network = compiled(resize_as_torch(ov.Core().read_model(tmp_path / "resize.onnx")))
+    for sides in ((300, 400), (64, 96), (30, 97)):
+        images = torch.rand(1, 3, *sides)
+        np.testing.assert_allclose(network(images.numpy())[0], resize(images).relu(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_no_label_of_cookie_flips(tmp_path):
+    root = Path(__file__).parents[2] / "shared" / "data" / "cookie"
+    if not root.is_dir():
+        pytest.skip("the photographs of cookie are not here (../shared/data/cookie)")
+    data = Folder(
+        name="cookie",
+        root=root,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/broken",
+        val_split_mode="same_as_test",
+        num_workers=0,
+    )
+    model = RDPP("resnet18", pre_trained=False, pre_processor=RDPP.configure_pre_processor((64, 64)))
+    engine = Engine(accelerator="cpu", devices=1, default_root_dir=tmp_path)
+    engine.validate(model, datamodule=data)
+    network = compiled(model.to_openvino(tmp_path))
+    for path in sorted(root.glob("test/*/*")):
+        expected = engine.predict(model, dataset=PredictDataset(path))[0]
+        answer = network(read_image(path, as_tensor=True)[None].numpy())
+        assert bool(answer["pred_label"][0]) == bool(expected.pred_label), path
+        assert (
+            np.quantile(np.abs(answer["anomaly_map"].squeeze() - expected.anomaly_map.squeeze().numpy()), 0.99) < 0.02
+        )
