@@ -11,6 +11,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
@@ -20,6 +21,7 @@ from torchvision.transforms.v2 import Normalize, Resize
 from anomalib_rdpp.export import SafeExportMixin
 from anomalib_rdpp.resize import keep_antialias
 from anomalib_rdpp.teacher import architecture
+from anomalib_rdpp.threshold import QUANTILE, NormalThreshold
 
 SLACK = 0.05  # resizing and augmentations may overshoot a little
 
@@ -178,6 +180,9 @@ class DistillationMixin(SafeExportMixin):
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
+        quantile = (checkpoint.get("anomalib_post_processor_config") or {}).get(QUANTILE)
+        if quantile is not None and type(self.post_processor) is PostProcessor:  # anomalib's default: none was chosen
+            self.post_processor = NormalThreshold(quantile)
         super().on_load_checkpoint(checkpoint)
 
     @classmethod

@@ -1,29 +1,43 @@
 """Make our models anomalib models: found by name, by class path, in lists and by the command line.
 
-The host looks models up among the subclasses of ``AnomalibModule``, among the attributes of ``anomalib.models`` and,
+anomalib looks models up among the subclasses of ``AnomalibModule``, among the attributes of ``anomalib.models`` and,
 for class paths, in ``ALLOWED_MODULES``. Made for and tested with anomalib 2.7.
 """
 
 import warnings
+from functools import wraps
 from importlib.metadata import version
+from typing import Any
 
-HOST_VERSION = "2.7"
+ANOMALIB_VERSION = "2.7"
 
 
 def register() -> None:
-    """Enter our models into the host's look-ups; any further call changes nothing."""
-    import anomalib.models as host
+    """Enter our models into anomalib's look-ups; any further call changes nothing."""
+    import anomalib.models as models_of_anomalib  # by `as`: its package doesn't name it yet
 
     import anomalib_rdpp
 
-    if not version("anomalib").startswith(f"{HOST_VERSION}."):
+    if not version("anomalib").startswith(f"{ANOMALIB_VERSION}."):
         warnings.warn(
-            f"anomalib-rdpp was made for anomalib {HOST_VERSION}, this is {version('anomalib')}: if its models "
-            f'misbehave, install "anomalib>={HOST_VERSION},<2.8".',
+            f"anomalib-rdpp was made for anomalib {ANOMALIB_VERSION}, this is {version('anomalib')}: if its models "
+            f'misbehave, install "anomalib>={ANOMALIB_VERSION},<2.8".',
             stacklevel=2,
         )
     for name in anomalib_rdpp.MODELS:
-        setattr(host, name, getattr(anomalib_rdpp, name))
-        if name not in host.__all__:
-            host.__all__.append(name)
-    host.ALLOWED_MODULES.add("anomalib_rdpp")
+        setattr(models_of_anomalib, name, getattr(anomalib_rdpp, name))
+        if name not in models_of_anomalib.__all__:
+            models_of_anomalib.__all__.append(name)
+    if "anomalib_rdpp" in models_of_anomalib.ALLOWED_MODULES:
+        return
+    models_of_anomalib.ALLOWED_MODULES.add("anomalib_rdpp")
+    get_model = models_of_anomalib.get_model
+
+    @wraps(get_model)
+    def get_model_by_path_too(model: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Take our class paths as a string too, as the command line does; anomalib has them in dictionaries alone."""
+        if isinstance(model, str) and model.startswith("anomalib_rdpp."):
+            model = {"class_path": model}
+        return get_model(model, *args, **kwargs)
+
+    models_of_anomalib.get_model = get_model_by_path_too

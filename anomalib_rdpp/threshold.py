@@ -1,4 +1,6 @@
-"""A threshold from normal images alone; the host's default needs defects to set one."""
+"""A threshold from normal images alone; anomalib's default needs defects to set one."""
+
+from typing import Any
 
 import torch
 from anomalib.data import Batch
@@ -6,14 +8,16 @@ from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torchmetrics.aggregation import CatMetric
 
+QUANTILE = "normal_quantile"  # in checkpoints
+
 
 class NormalThreshold(PostProcessor):
     """Call anomalous what scores higher than nearly all normal images of the validation set.
 
     Defects in the validation set don't count, and none are needed: ``--data.val_split_mode from_train`` validates on
-    a part of the training images. The score is the map's maximum, so the threshold of images is that of pixels too.
-    Normalised scores are 0.5 at the threshold and 1 from twice the threshold on.
-    Checkpoints and exports are read as those of the host's post-processor.
+    a part of the training images. An image has its threshold by its score, a pixel by the maxima of the maps: the same
+    where the score is that maximum. Normalised scores are 0.5 at the threshold and 1 from twice the threshold on.
+    Checkpoints bring it back, exports are read as those of anomalib's post-processor.
 
     Args:
         quantile: Share of the normal validation images that are to stay below the threshold. With fewer than a hundred
@@ -33,7 +37,16 @@ class NormalThreshold(PostProcessor):
             msg = f"quantile must be above 0 and at most 1, got {quantile}."
             raise ValueError(msg)
         self.quantile = quantile
-        self.normal_scores = CatMetric()
+        self.normal_scores, self.normal_maxima = CatMetric(), CatMetric()
+
+    def checkpoint_config(self) -> dict[str, Any]:
+        """Give what a checkpoint is to keep: the quantile too, by which it is known again."""
+        return {**super().checkpoint_config(), QUANTILE: self.quantile}
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take what a checkpoint has kept."""
+        super().load_checkpoint_config(config)
+        self.quantile = config.get(QUANTILE, self.quantile)
 
     def on_validation_batch_end(
         self,
@@ -46,20 +59,23 @@ class NormalThreshold(PostProcessor):
         """Collect the scores of normal images."""
         del trainer, pl_module, args, kwargs
         if outputs.gt_label is not None:
-            self.normal_scores.update(outputs.pred_score[~outputs.gt_label.bool()])
+            normal = ~outputs.gt_label.bool()
+            self.normal_scores.update(outputs.pred_score[normal])
+            self.normal_maxima.update(outputs.anomaly_map[normal].flatten(1).amax(dim=1))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set threshold and range."""
+        """Set thresholds and ranges."""
         del pl_module
-        scores = torch.as_tensor(self.normal_scores.compute()).flatten()
-        self.normal_scores.reset()
-        if trainer.sanity_checking:  # on the first two batches, which may be defects
-            return
-        if not len(scores):
-            msg = "The validation set has no normal image to set a threshold by; take val_split_mode from_train."
-            raise ValueError(msg)
-        for threshold in (self._image_threshold, self._pixel_threshold):
-            threshold.copy_(scores.quantile(self.quantile))
-        for least, most in ((self.image_min, self.image_max), (self.pixel_min, self.pixel_max)):
+        image = (self.normal_scores, self._image_threshold, self.image_min, self.image_max)
+        pixel = (self.normal_maxima, self._pixel_threshold, self.pixel_min, self.pixel_max)
+        for metric, threshold, least, most in (image, pixel):
+            values = torch.as_tensor(metric.compute()).flatten()
+            metric.reset()
+            if trainer.sanity_checking:  # on the first two batches, which may be defects
+                continue
+            if not len(values):
+                msg = "The validation set has no normal image to set a threshold by; take val_split_mode from_train."
+                raise ValueError(msg)
+            threshold.copy_(values.quantile(self.quantile))
             least.fill_(0)
-            most.copy_(2 * self._image_threshold)
+            most.copy_(2 * threshold)

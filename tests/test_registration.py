@@ -70,6 +70,7 @@ def forks(codes, folder, executable=sys.executable):
         {"class_path": "RDPP", "init_args": TINY},
         {"class_path": "anomalib.models.RDPP", "init_args": TINY},
         {"class_path": "anomalib_rdpp.RDPP", "init_args": TINY},
+        "anomalib_rdpp.RDPP",
         "aand",
         {"class_path": "anomalib_rdpp.AAND", "init_args": TINY},
     ],

@@ -273,6 +273,11 @@ def test_threshold_and_stopping_rule_need_no_defects(name, tiny_data, tmp_path):
     batch = run.predict(module, datamodule=tiny_data)[0]
     assert torch.equal(batch.pred_label, batch.pred_score > 0.5)
     assert 0 < batch.anomaly_map.min() < batch.anomaly_map.max() < 1
+    run.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    post_processor = type(module).load_from_checkpoint(tmp_path / "model.ckpt").post_processor
+    assert isinstance(post_processor, NormalThreshold)
+    assert post_processor.quantile == 0.9
+    assert post_processor.image_threshold == module.post_processor.image_threshold
 
 
 def predict_raw(module, loader):
@@ -290,6 +295,7 @@ def test_threshold_says_what_it_lacks():
 def test_threshold_of_a_single_normal_image_and_of_none_while_the_trainer_checks_itself():
     threshold, trainer = NormalThreshold(), SimpleNamespace(sanity_checking=True)
     batch = ImageBatch(image=torch.rand(2, 3, 8, 8), pred_score=torch.tensor([0.3, 9.0]))
+    batch.anomaly_map = torch.tensor([0.2, 8.0])[:, None, None, None] * torch.ones(2, 1, 8, 8)  # a score of its own
     threshold.on_validation_batch_end(trainer, None, batch)  # no labels: nothing to go by
     threshold.on_validation_epoch_end(trainer, None)
     assert threshold.image_threshold.isnan()
@@ -297,7 +303,8 @@ def test_threshold_of_a_single_normal_image_and_of_none_while_the_trainer_checks
     threshold.on_validation_batch_end(trainer, None, batch)
     trainer.sanity_checking = False
     threshold.on_validation_epoch_end(trainer, None)
-    assert (threshold.image_threshold, threshold.pixel_max) == (pytest.approx(0.3), pytest.approx(0.6))
+    assert (threshold.image_threshold, threshold.image_max) == (pytest.approx(0.3), pytest.approx(0.6))
+    assert (threshold.pixel_threshold, threshold.pixel_max) == (pytest.approx(0.2), pytest.approx(0.4))
 
 
 def test_images_without_labels_have_no_distance(name):
