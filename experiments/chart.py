@@ -1,7 +1,6 @@
 """Pictures of latency: bars per model and precision, and accuracy over the time of each model's best precision.
 
-python -m experiments.chart experiments/results/latency.csv --accuracy experiments/results/real.csv \
-    --pictures docs/images
+python -m experiments.chart experiments/results/latency.csv --accuracy experiments/results/real.csv
 """
 
 from pathlib import Path

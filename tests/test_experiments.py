@@ -27,9 +27,8 @@ RANDOM = {"init_args": {"backbone": "resnet18", "pre_trained": False}}
 
 
 @pytest.fixture
-def grid(tiny_folder, tmp_path, monkeypatch):
+def grid(tiny_folder, tmp_path):
     """Write a grid of models on the tiny images, two of the six training images, and say where."""
-    monkeypatch.syspath_prepend(Path(__file__).parent)
 
     def write(models, **keys):
         folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/square"}

@@ -1,12 +1,12 @@
 """Functions as commands: jsonargparse reads their signatures, docstrings say what each argument is."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from inspect import Parameter, signature
+from inspect import Parameter, getdoc, signature
 from pathlib import Path
 from typing import get_args, get_origin
 
-from docstring_parser import parse
 from jsonargparse import ArgumentParser
 
 Command = Callable[..., Sequence[str | Path] | str | None]
@@ -15,13 +15,13 @@ Command = Callable[..., Sequence[str | Path] | str | None]
 def run(program: str, commands: Command | Mapping[str, Command], arguments: Sequence[str] | None = None) -> None:
     """Run a function, or that of several whose name comes first, and print what it returns; errors are one line."""
     if callable(commands):
-        parser = _parser_of(commands)
+        parser = _parser_of(commands, program)
         command, values = commands, parser.parse_args(arguments)
     else:
-        parser = ArgumentParser(description="COMMAND --help has the options of each.")
+        parser = ArgumentParser(prog=program, description="COMMAND --help has the options of each.")
         choices = parser.add_subcommands(dest="command")
         for name, each in commands.items():
-            choices.add_subcommand(name, _parser_of(each), help=parse(each.__doc__).short_description)
+            choices.add_subcommand(name, _parser_of(each), help=getdoc(each).splitlines()[0])
         chosen = parser.parse_args(arguments)
         command, values = commands[chosen.command], chosen[chosen.command]
     try:
@@ -32,13 +32,12 @@ def run(program: str, commands: Command | Mapping[str, Command], arguments: Sequ
         sys.stdout.write(f"{line}\n")
 
 
-def _parser_of(command: Command) -> ArgumentParser:
+def _parser_of(command: Command, program: str | None = None) -> ArgumentParser:
     """Make a parser of a function's arguments: lists are several words, ``--data a b``, and switches need none."""
-    told = parse(command.__doc__)
-    parser = ArgumentParser(description=told.short_description)
-    by_hand = set()
+    told = dict(re.findall(r"^    (\w+): (.*?)(?=^ {,4}\S|\Z)", getdoc(command), re.MULTILINE | re.DOTALL))
+    parser, by_hand = ArgumentParser(prog=program, description=getdoc(command).splitlines()[0]), set()
     for name, parameter in signature(command).parameters.items():
-        option, about = f"--{name.replace('_', '-')}", {each.arg_name: each.description for each in told.params}[name]
+        option, about = f"--{name.replace('_', '-')}", " ".join(told[name].split())
         hints = parameter.annotation, *get_args(parameter.annotation)  # a list may be one of several
         lists = [hint for hint in hints if get_origin(hint) is Sequence]
         if parameter.annotation is bool:
