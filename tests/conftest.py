@@ -1,5 +1,11 @@
 """Shared fixtures: reference values and a tiny data set of our own."""
 
+import os
+
+# Tiny networks gain nothing by threads, which wait for each other once two things run (25 times slower).
+# Before torch and numba load (numba's would turn on torch's), and for the processes that tests start.
+os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
 import gc
 from pathlib import Path
 

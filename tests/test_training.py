@@ -88,12 +88,12 @@ def test_mixed_precision_trains_and_tests_without_nan(name, tiny_data, tmp_path)
 # -- seeds and resuming
 
 
-def fit_with_seed(name, data, folder, **arguments):
+def fit_with_seed(name, data, folder):
     data.setup(TrainerFn.FITTING)  # draws its split once
     seed_everything(3)
-    losses = Losses()
-    engine(folder, losses, limit_val_batches=0, **arguments).fit(build(name), datamodule=data)
-    return losses.steps
+    losses, module = Losses(), build(name)
+    engine(folder, losses, limit_val_batches=0).fit(module, datamodule=data)
+    return losses.steps, module.model.state_dict()
 
 
 def test_one_seed_gives_equal_losses_step_by_step_and_equal_weights(name, tiny_data, tmp_path):
