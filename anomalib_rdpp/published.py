@@ -69,8 +69,6 @@ def load_published(
         >>> path = f"{mkdtemp()}/published.pth"
         >>> torch.save(to_published(RDPP("resnet18", pre_trained=False)), path)
         >>> model = load_published(path, "resnet18", pre_trained=False).eval()
-        >>> model(torch.rand(1, 3, 256, 256)).anomaly_map.shape
-        torch.Size([1, 1, 256, 256])
     """
     weights = read_published(path, backbone)  # before the teacher, which may have to be fetched
     if pre_trained and teacher_weights is None and "." not in backbone:
@@ -82,15 +80,10 @@ def load_published(
 
 
 def to_published(model: RDPP) -> Weights:
-    """Give a model's weights in the published layout, ready for ``torch.save`` and for the authors' official code.
-
-    What that doesn't keep is not in it: teacher, thresholds, hyper-parameters.
+    """Give copies of a model's weights in the published layout: no teacher, no thresholds, no hyper-parameters.
 
     Args:
         model: RD++, or RD, that is ``RDPP(projection=False)``.
-
-    Returns:
-        Copies on the CPU.
 
     Raises:
         ValueError: If student or projection are not the papers'.
@@ -105,15 +98,10 @@ def to_published(model: RDPP) -> Weights:
 
 
 def read_published(path: str | Path, backbone: str) -> Weights:
-    """Read a published file and check every name, shape and number, without building a network.
+    """Read a published file and check every name, shape and number; errors as of ``load_published``.
 
-    Returns:
-        Exactly the tensors of the layout. ``memory`` entries, left over in some files, are dropped; counters of
-        BatchNorm batches, absent from some, are 0; ``module.`` before each name, of DataParallel, is stripped.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it can't be loaded safely, is damaged, is of other code or of another backbone.
+    Returns exactly the tensors of the layout. ``memory`` entries, left over in some files, are dropped; counters of
+    BatchNorm batches, absent from some, are 0; ``module.`` before each name, of DataParallel, is stripped.
     """
     stored = _read(path)
     if set(stored) not in PARTS or not all(isinstance(values, dict) for values in stored.values()):
@@ -154,12 +142,7 @@ def read_published(path: str | Path, backbone: str) -> Weights:
 
 
 def load_checkpoint(path: str | Path) -> RDPP:
-    """Load an anomalib checkpoint of ``RDPP``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it can't be loaded safely, is damaged or is no such checkpoint.
-    """
+    """Load an anomalib checkpoint of ``RDPP``; what is wrong with another file is a ``ValueError``."""
     stored = _read(path)
     if "state_dict" not in stored or "pytorch-lightning_version" not in stored:
         msg = (
@@ -217,17 +200,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         part.unlink(missing_ok=True)
     projects, backbone = model.hparams.projection, model.hparams.backbone
-    text = f"Wrote {options.out}: {'RD++' if projects else 'RD'}"
-    if options.to_published:
-        text += " in the published layout, without teacher and thresholds.\n"
-    else:
-        text += (
-            f" with backbone {backbone}. To export it:\n  anomalib export --model RDPP --model.backbone {backbone} "
-            f"--model.pre_trained false{'' if projects else ' --model.projection false'} --export_type openvino "
-            f"--ckpt_path {options.out}\nThe published file has no thresholds: scores are raw (0 to 6), labels and "
-            "masks mean nothing until Engine.validate has run on your data. AUROC and AUPRO need none.\n"
+    sys.stdout.write(f"Wrote {options.out}: {'RD++' if projects else 'RD'} with backbone {backbone}.\n")
+    if not options.to_published:
+        sys.stdout.write(
+            f"To export it:\n  anomalib export --model RDPP --model.backbone {backbone} --model.pre_trained false"
+            f"{'' if projects else ' --model.projection false'} --export_type openvino --ckpt_path {options.out}\n"
+            "The published file has no thresholds: scores are raw (0 to 6), labels and masks mean nothing until "
+            "Engine.validate has run on your data. AUROC and AUPRO need none.\n",
         )
-    sys.stdout.write(text)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

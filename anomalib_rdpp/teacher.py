@@ -107,11 +107,7 @@ def architecture(backbone: str) -> str:
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
-    """Refuse an argument that is none of its choices.
-
-    Raises:
-        ValueError: If it isn't.
-    """
+    """Refuse an argument that is none of its choices, by ``ValueError``."""
     if value not in choices:
         msg = f"{name} must be one of {', '.join(map(str, choices))}, got '{value}'."
         raise ValueError(msg)
@@ -138,11 +134,7 @@ def check_images(images: torch.Tensor) -> None:
 
 
 def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
-    """Options of timm that build the part of a network up to stride 16, and the channels at the three scales.
-
-    Raises:
-        ValueError: If there is no such network, or it has no features at these strides.
-    """
+    """Options of timm that build the part of a network up to stride 16, and the channels at the three scales."""
     if not timm.is_model(backbone):
         near = get_close_matches(architecture(backbone), timm.list_models(), 3)
         advice = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
@@ -179,11 +171,7 @@ def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
 
 
 def _refuse_transformers(backbone: str, network: nn.Module) -> None:
-    """Refuse what has attention.
-
-    Raises:
-        ValueError: If a module of the network has heads of attention.
-    """
+    """Refuse what has heads of attention."""
     if any(hasattr(module, "num_heads") for module in network.modules()):
         msg = (
             f"Backbone '{backbone}' is a vision transformer: its attention ties it to one input size, and the student "
@@ -212,11 +200,7 @@ def _packaged(name: str) -> Path | None:
 
 
 def _check_hub(backbone: str) -> None:
-    """Ask once whether the model hub answers: timm would try for a minute, and bury the cause.
-
-    Raises:
-        FileNotFoundError: If it doesn't.
-    """
+    """Ask once whether the model hub answers: timm would try for a minute, and bury the cause."""
     try:
         get_session().head(constants.ENDPOINT, timeout=8)
     except Exception as error:  # noqa: BLE001  whatever the HTTP client of the installed hub raises
@@ -240,11 +224,7 @@ def _in_order(name: str, path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict.
-
-    Raises:
-        ValueError: If the file can't be read as one.
-    """
+    """Read a state dict."""
     try:
         stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
@@ -259,11 +239,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load(network: nn.Module, stored: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict into the part of a network that is read; the rest of it may be there and is left out.
-
-    Raises:
-        ValueError: If tensors are missing or of another shape.
-    """
+    """Load a state dict into the part of a network that is read; the rest of it may be there and is left out."""
     stored = {name.removeprefix("module."): value for name, value in stored.items()}  # of DataParallel
     state = {}
     for name, own in network.state_dict().items():
