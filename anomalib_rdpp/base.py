@@ -14,10 +14,12 @@ from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Normalize, Resize
 
+from anomalib_rdpp.callbacks import LastState
 from anomalib_rdpp.export import SafeExportMixin
 from anomalib_rdpp.resize import keep_antialias
 from anomalib_rdpp.teacher import architecture
@@ -47,6 +49,10 @@ class DistillationMixin(SafeExportMixin):
             text_config={"size": 22},  # the host's own is too wide for the titles
         )
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Add what keeps a training from being lost."""
+        return [*super().configure_callbacks(), LastState()]
+
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """Leave every trainer option to the user."""
@@ -71,14 +77,34 @@ class DistillationMixin(SafeExportMixin):
         del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
+    def on_validation_epoch_start(self) -> None:
+        """Start to sum up the maps of normal images."""
+        self.normal_sum = torch.zeros(2, device=self.device)
+
     def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
-        """Log the mean map of normal images, which a stopping rule can watch without defects."""
+        """Add mean maps and number of the batch's normal images."""
         del args, kwargs
-        if outputs.gt_label is None:
-            return
-        normal = outputs.anomaly_map[~outputs.gt_label.bool()]
-        mean = normal.mean() if len(normal) else torch.zeros(())
-        self.log("val_distance", mean.to(self.device), batch_size=len(normal), sync_dist=True)
+        if outputs.gt_label is not None:
+            normal = outputs.anomaly_map[~outputs.gt_label.bool()]
+            self.normal_sum += torch.stack([normal.flatten(1).mean(1).sum(), normal.new_tensor(len(normal))])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean map of normal images, which a stopping rule can watch without defects.
+
+        Raises:
+            ValueError: If there was no normal image, and a callback watches that mean.
+        """
+        total, count = self.trainer.strategy.reduce(self.normal_sum, reduce_op="sum")
+        if count:
+            self.log("val_distance", total / count, sync_dist=True)
+        elif not self.trainer.sanity_checking:
+            watching = [each for each in self.trainer.callbacks if getattr(each, "monitor", None) == "val_distance"]
+            if watching:
+                msg = (
+                    f"{type(watching[0]).__name__} watches val_distance, the mean map of normal images, but the images "
+                    "validated hold none: raise limit_val_batches, or choose another val_split_mode."
+                )
+                raise ValueError(msg)
 
     def log_terms(self, terms: dict[str, torch.Tensor], batch_size: int) -> torch.Tensor:
         """Log each term of the loss by its name; give back their sum, ``loss``."""
@@ -125,13 +151,6 @@ class DistillationMixin(SafeExportMixin):
             raise ValueError(msg)
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
-
-    def on_train_end(self) -> None:
-        """Leave all processes with one state: DDP keeps parameters equal, but not BatchNorm's statistics."""
-        super().on_train_end()
-        if self.trainer.world_size > 1:
-            for buffer in self.buffers():
-                torch.distributed.broadcast(buffer, 0)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Refuse images with pixels outside of [0, 1] while they are still on the CPU.

@@ -1,0 +1,86 @@
+"""Nothing trained is lost, whatever ends the training."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torchmetrics import Metric
+
+
+class LastState(Callback):
+    """Validate and store the state in which a training ends.
+
+    anomalib stores when it has validated, which is not each epoch's end, and never that of a training cut short. Where
+    its callback or a user's keeps the latest state, that is the last one now, with thresholds of its own. What a user
+    stores by a metric, or under a name with a number in it, stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.is_validated = True
+        self.is_stored = True
+
+    def on_train_batch_start(self, *args: object) -> None:
+        """Note that the state changes."""
+        del args
+        self.is_validated = self.is_stored = False
+
+    def on_validation_start(self, *args: object) -> None:
+        """Note that thresholds change."""
+        del args
+        self.is_stored = False
+
+    def on_validation_end(self, *args: object) -> None:
+        """Note that thresholds are those of the state."""
+        del args
+        self.is_validated = True
+
+    def on_save_checkpoint(self, *args: object) -> None:
+        """Note that the state is stored."""
+        del args
+        self.is_stored = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate and store what is not yet; under DDP, BatchNorm's statistics become those of the first process."""
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do the same if the training is interrupted; of several processes the others may be gone already."""
+        is_stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if is_stopped and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
+            rank_zero_info("Interrupted: the model is validated once more, for its thresholds, and stored.")
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
+        if trainer.fast_dev_run:
+            return
+        if not self.is_validated and trainer.enable_validation:
+            for module in pl_module.modules():
+                if isinstance(module, Metric):  # may hold half of an interrupted validation
+                    module.reset()
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        for callback in callbacks:
+            if callback.monitor is None and not (self.is_stored and len(callbacks) == 1):
+                self._store(callback, trainer, pl_module)
+        if getattr(pl_module.model, "is_amplifying", False):
+            rank_zero_warn(
+                f"{pl_module.name} WAS STOPPED IN STAGE ONE: its student is untrained, its maps and scores mean "
+                "nothing. Go on with `anomalib fit --ckpt_path` and the same max_epochs, or train with a smaller one."
+            )
+
+    def _store(self, callback: ModelCheckpoint, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Store by a callback that keeps the latest state: by its own rules, or over what it has stored."""
+        self.is_stored = False
+        callback.on_train_epoch_end(trainer, pl_module)
+        callback.on_validation_end(trainer, pl_module)
+        if not self.is_stored and callback.best_model_path and "{" not in (callback.filename or "{epoch}"):
+            trainer.save_checkpoint(callback.best_model_path, callback.save_weights_only)
