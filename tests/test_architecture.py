@@ -23,6 +23,7 @@ FLOORS = {  # parts of the package, of a model's folder too; a new file gets its
     "threshold": 2,
     "metrics": 2,
     "recipe": 2,
+    "resize": 2,
     "torch_model": 3,
     "loss": 3,
     "amplifier": 3,
