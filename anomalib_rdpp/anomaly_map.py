@@ -69,10 +69,11 @@ class AnomalyMapGenerator(nn.Module):
             ``pred_score`` of shape ``(B,)``.
         """
         with torch.autocast(teacher[0].device.type, enabled=False):
-            anomaly_map = sum(
+            finest, *others = (
                 self._enlarge(_distance(t.float(), s.float()), image_size)
                 for t, s in zip(teacher, student, strict=True)
             )
+            anomaly_map = sum(others, finest)
         return InferenceBatch(pred_score=self._score(anomaly_map), anomaly_map=anomaly_map.unsqueeze(1))
 
     def _score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
@@ -90,7 +91,8 @@ class AnomalyMapGenerator(nn.Module):
             torch.from_numpy(enlarging_matrix(small, large, self.sigma)).to(distance.device)
             for small, large in zip(distance.shape[-2:], image_size, strict=True)
         )
-        return rows @ (distance @ columns.T)
+        enlarged: torch.Tensor = rows @ (distance @ columns.T)
+        return enlarged
 
 
 def _distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -103,7 +105,8 @@ def _distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     least = torch.finfo(x.dtype).tiny ** 0.5  # what is shorter counts as 0: its square is
     difference = x / norms[0].clamp_min(least) - y / norms[1].clamp_min(least)
     missing = sum((norm < least).to(x.dtype) for norm in norms).squeeze(1)  # a zero vector has no unit length
-    return (difference.norm(dim=1).square() + missing) / 2
+    distance: torch.Tensor = (difference.norm(dim=1).square() + missing) / 2
+    return distance
 
 
 @lru_cache
@@ -111,4 +114,5 @@ def enlarging_matrix(small: int, large: int, sigma: float) -> np.ndarray:
     """Matrix ``(large, small)`` that interpolates linearly, corners aligned, and smooths by a Gaussian."""
     places = np.linspace(0, small - 1, large)
     interpolate = np.stack([np.interp(places, np.arange(small), unit) for unit in np.eye(small)], axis=1)
-    return gaussian_filter1d(interpolate, sigma, axis=0, mode="reflect").astype(np.float32)
+    matrix: np.ndarray = gaussian_filter1d(interpolate, sigma, axis=0, mode="reflect").astype(np.float32)
+    return matrix

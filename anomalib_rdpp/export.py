@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.deploy import CompressionType
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
@@ -23,13 +23,16 @@ from anomalib_rdpp.resize import resize_as_torch
 
 if TYPE_CHECKING:
     import nncf
+    from anomalib.models.components import AnomalibModule as Module
     from openvino import Model
+else:  # a mixin: anomalib looks one level below AnomalibModule for models
+    Module = object
 
 CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES = 300  # at most; NNCF's default
 
 
-class SafeExportMixin:
+class SafeExportMixin(Module):
     """anomalib's export methods, by way of a folder that is gone when they fail."""
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
@@ -38,7 +41,7 @@ class SafeExportMixin:
             path = super().to_torch(folder, model_file_name)
         return Path(export_root) / path.relative_to(folder)
 
-    def to_onnx(
+    def to_onnx(  # type: ignore[override]  # as anomalib's, which is unlike Lightning's
         self,
         export_root: Path | str,
         model_file_name: str = "model",
@@ -56,7 +59,7 @@ class SafeExportMixin:
             path = super().to_onnx(folder, model_file_name, input_size, **kwargs)
         return Path(export_root) / path.relative_to(folder)
 
-    def to_openvino(
+    def to_openvino(  # type: ignore[override]  # the rest by name alone
         self,
         export_root: Path | str,
         model_file_name: str = "model",
@@ -83,14 +86,14 @@ class SafeExportMixin:
             raise ValueError(msg)
         import openvino as ov  # noqa: PLC0415  takes a second, and isn't needed elsewhere
 
-        ours = compression_type == CompressionType.INT8_PTQ
+        ours = datamodule if compression_type == CompressionType.INT8_PTQ else None
         with TemporaryDirectory() as raw, _move_when_whole(export_root) as folder:
             path = super().to_openvino(
                 raw, model_file_name, input_size, None if ours else compression_type, datamodule, **kwargs
             )
             model = resize_as_torch(ov.Core().read_model(path))
-            if ours:
-                model = quantize(model, datamodule)
+            if ours is not None:
+                model = quantize(model, ours)
             path = path.relative_to(raw)
             (folder / path).parent.mkdir(parents=True)
             ov.save_model(model, folder / path, compress_to_fp16=False)  # what is in FP16 already stays so
@@ -117,7 +120,7 @@ def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> 
 class _Pixels:
     """Batches of the size that a model takes, and a black and a white one, so that no defect is beyond the input."""
 
-    def __init__(self, loader: DataLoader, model: "Model") -> None:
+    def __init__(self, loader: DataLoader[ImageBatch], model: "Model") -> None:
         sides = [side.get_length() if side.is_static else None for side in model.input(0).partial_shape]
         self.size, self.batch_size = sides[2:], sides[0] or 1
         self.loader = loader
@@ -221,7 +224,7 @@ def map_operations(model: "Model") -> list[str]:
     return names
 
 
-def calibration_images(datamodule: AnomalibDataModule) -> DataLoader:
+def calibration_images(datamodule: AnomalibDataModule) -> DataLoader[ImageBatch]:
     """Load training images one by one, in an order that doesn't change, evenly picked if there are many."""
     datamodule.setup(TrainerFn.FITTING)
     dataset = datamodule.train_data

@@ -43,9 +43,9 @@ class Student(nn.Module):
 
     def __init__(self, architecture: str) -> None:
         super().__init__()
-        # anomalib builds the neck of a wide ResNet at half its width unless it is told.
-        self.bottleneck = get_bottleneck_layer(architecture, width_per_group=128 if "wide" in architecture else 64)
-        self.decoder = get_decoder(architecture)
+        width = 128 if "wide" in architecture else 64  # anomalib builds a wide ResNet's neck at half unless it is told
+        self.bottleneck: nn.Module = get_bottleneck_layer(architecture, width_per_group=width)
+        self.decoder: nn.Module = get_decoder(architecture)
         # Parts of the published neck that no pass uses; frozen, so that DDP waits for no gradient of theirs.
         self.bottleneck.conv4.requires_grad_(requires_grad=False)
         self.bottleneck.bn4.requires_grad_(requires_grad=False)
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
 
     def forward(self, embedding: torch.Tensor) -> list[torch.Tensor]:
         """Reconstruct ``(B, C, H, W)`` per scale, fine to coarse, from ``(B, 2 * widths[-1], H/32, W/32)``."""
-        reconstructed = []
+        reconstructed: list[torch.Tensor] = []
         for step, head in zip(self.steps, self.heads, strict=True):
             embedding = step(embedding)
             reconstructed.insert(0, head(embedding))

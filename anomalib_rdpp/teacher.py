@@ -52,6 +52,9 @@ class Teacher(nn.Module):
         [32, 64, 96]
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, backbone: str, pre_trained: bool = True, weights: str | None = None) -> None:
         super().__init__()
         options, self.channels = _read_layout(backbone)
@@ -77,7 +80,7 @@ class Teacher(nn.Module):
         normalisation = resolve_data_config({}, pretrained_cfg=config.to_dict() if config else {})
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(normalisation[name]).view(1, 3, 1, 1))
-        self.register_load_state_dict_pre_hook(_read_earlier_names)
+        self.register_load_state_dict_pre_hook(_read_earlier_names)  # type: ignore[no-untyped-call]
         self.requires_grad_(requires_grad=False)
         self.eval()
 
@@ -143,7 +146,7 @@ def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
     image = torch.empty(1, 3, 64, 64, device="meta")
     try:
         with torch.device("meta"):  # shapes alone: nothing is computed or fetched
-            whole = timm.create_model(backbone, features_only=True, pretrained=False)
+            whole: Any = timm.create_model(backbone, features_only=True, pretrained=False)
         _refuse_transformers(backbone, whole)
         strides = whole.feature_info.reduction()
         options: dict[str, Any] = {"out_indices": tuple(strides.index(stride) for stride in STRIDES)}

@@ -4,6 +4,7 @@ Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Amplifier(nn.Module):
         Returns:
             Amplified feature ``(B, C, H, W)`` and gate ``(B, 1, H, W)``, None if there is no gate.
         """
-        scale = self.fixed_scale if self.generator is None else torch.tanh(self.generator(feature))
+        scale: Any = self.fixed_scale if self.generator is None else torch.tanh(self.generator(feature))
         gate = None if self.gate is None else self.gate(feature)
         strength = 1 if gate is None else gate if mask is None else mask.to(feature)
         return feature + strength * scale * feature, gate

@@ -4,11 +4,11 @@ Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -85,6 +85,8 @@ class AAND(DistillationMixin, AnomalibModule):
     """
 
     structure = frozenset({"backbone", "student", "width", "gate", "fixed_scale"})
+    model: AANDModel
+    loss: AANDLoss
 
     def __init__(
         self,
@@ -146,10 +148,10 @@ class AAND(DistillationMixin, AnomalibModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give amplifier and student a group each, with learning rates that fall within their stage."""
-        self.amplifier_end = self.hparams.amplifier_share
+        self.amplifier_end = self.hparams["amplifier_share"]
         self.amplifier_epochs = None
         if (epochs := count_epochs(self.trainer)) is not None:
-            self.amplifier_epochs = split_epochs(epochs, self.hparams.amplifier_share)
+            self.amplifier_epochs = split_epochs(epochs, self.hparams["amplifier_share"])
             self.amplifier_end = self.amplifier_epochs / epochs
         if self.resumed_amplifier_epochs not in (None, self.amplifier_epochs):
             rank_zero_warn(
@@ -160,11 +162,15 @@ class AAND(DistillationMixin, AnomalibModule):
         groups = [
             {"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.learning_rates, strict=True)
         ]
-        optimizer = build_optimizer(self.hparams.recipe, groups, fused=self.device.type == "cpu")
-        factor = learning_rate_factor if self.hparams.recipe == "paper" else cosine_factor
+        optimizer = build_optimizer(self.hparams["recipe"], groups, fused=self.device.type == "cpu")
+        factor = learning_rate_factor if self.hparams["recipe"] == "paper" else cosine_factor
         stages = (0.0, self.amplifier_end), (self.amplifier_end, 1.0)
-        schedule = LambdaLR(optimizer, [lambda _, stage=stage: factor(self._progress_of(*stage)) for stage in stages])
-        interval = "epoch" if self.hparams.recipe == "paper" else "step"
+
+        def factor_of(first: float, last: float) -> Callable[[int], float]:
+            return lambda _: factor(self._progress_of(first, last))
+
+        schedule = LambdaLR(optimizer, [factor_of(*stage) for stage in stages])
+        interval = "epoch" if self.hparams["recipe"] == "paper" else "step"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 
     def on_train_start(self) -> None:
@@ -176,17 +182,17 @@ class AAND(DistillationMixin, AnomalibModule):
         if self.model.is_amplifying != self._is_stage_one():
             self._start_stage()
 
-    def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Compute the loss of the stage from a batch of normal images; every term is logged by name."""
         del args, kwargs
         if self.model.is_amplifying:
             images, mask, foreground = self.anomalies(batch.image, batch.image_path)
             terms = self.loss(self.model(images, mask), mask, foreground)
         else:
-            is_fast = self.hparams.recipe == "fast"
+            is_fast = self.hparams["recipe"] == "fast"
             share = easy_share(self._progress_of(self.amplifier_end, 1.0)) if is_fast else 0.0
             terms = self.loss(self.model(batch.image), easy_share=share)
-        size = len(batch.image)
+        size = batch.batch_size
         self.log("stage", 1.0 if self.model.is_amplifying else 2.0, on_step=False, on_epoch=True, batch_size=size)
         return self.log_terms(terms, size)
 
@@ -206,7 +212,7 @@ class AAND(DistillationMixin, AnomalibModule):
                 "amplified teacher. Resume its training, with the same max_epochs.",
             )
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401  as anomalib's
         """Export as anomalib does; what has no student yet is exported with a warning."""
         if self.model.is_amplifying:
             rank_zero_warn(
@@ -250,14 +256,15 @@ def count_epochs(trainer: Trainer) -> int | None:
     if trainer.max_steps == -1:
         if trainer.max_epochs != -1:
             return trainer.max_epochs
-        if any(isinstance(callback, Timer) for callback in trainer.callbacks):
+        if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             return None
         msg = "AAND divides its training between two stages, but this one has no end; set max_epochs or max_time."
         raise ValueError(msg)
     trainer.fit_loop.setup_data()
     steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     epochs = math.ceil(trainer.max_steps / steps)
-    return epochs if trainer.max_epochs == -1 else min(epochs, trainer.max_epochs)
+    limit = trainer.max_epochs
+    return epochs if limit is None or limit == -1 else min(epochs, limit)
 
 
 def split_epochs(epochs: int, share: float) -> int:

@@ -72,19 +72,22 @@ class AANDLoss(nn.Module):
         """
         with torch.autocast(features.amplified[0].device.type, enabled=False):
             features = type(features)(*([feature.float().contiguous() for feature in scales] for scales in features))
-            if isinstance(features, AmplifierFeatures):
+            if isinstance(features, AmplifierFeatures) and mask is not None and foreground is not None:
                 terms = {
                     "focal": focal_loss(features.gates, mask),
                     "amplification": amplification_loss(features.teacher, features.amplified, mask, foreground),
                 }
                 loss = terms["focal"] + self.amplification_weight * terms["amplification"]
-            else:
+            elif isinstance(features, StudentFeatures):
                 student = focus_on_hard(features.student, features.amplified, easy_share)
                 terms = {
                     "distillation": self.distillation(features.amplified, student),
                     "hard": hard_knowledge_loss(features.amplified, features.student, self.hard_positions),
                 }
                 loss = terms["distillation"] + self.hard_weight * terms["hard"]
+            else:
+                msg = "The features of stage one need the masks of their synthetic anomalies and of the foreground."
+                raise ValueError(msg)
         return {**terms, "loss": loss}
 
 

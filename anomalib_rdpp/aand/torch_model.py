@@ -106,12 +106,13 @@ class AANDModel(nn.Module):
         if self.is_amplifying:
             if self.training:
                 return AmplifierFeatures(teacher, amplified, gates)
-            return self.anomaly_map_generator(teacher, amplified, images.shape[-2:])
-
-        student = self.student(amplified)
-        if self.training:
-            return StudentFeatures(amplified, student)
-        return self.anomaly_map_generator(amplified, student, images.shape[-2:])
+            compared = teacher, amplified
+        else:
+            compared = amplified, self.student(amplified)
+            if self.training:
+                return StudentFeatures(*compared)
+        prediction: InferenceBatch = self.anomaly_map_generator(*compared, images.shape[-2:])
+        return prediction
 
     def amplify(
         self,
@@ -140,4 +141,5 @@ def mask_at_scale(
     threshold: float = 0.3,  # of the official code
 ) -> torch.Tensor:
     """Bring a mask ``(B, 1, H, W)`` down to the size of a feature: where more than a share of its pixels is set."""
-    return functional.adaptive_avg_pool2d(mask.float(), feature.shape[-2:]) > threshold
+    height, width = feature.shape[-2:]
+    return functional.adaptive_avg_pool2d(mask.float(), (height, width)) > threshold

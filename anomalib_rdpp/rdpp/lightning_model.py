@@ -5,7 +5,7 @@ Source: Tien et al., Revisiting Reverse Distillation for Anomaly Detection, CVPR
 
 from collections.abc import Sequence
 
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -76,6 +76,8 @@ class RDPP(DistillationMixin, AnomalibModule):
     """
 
     structure = frozenset({"backbone", "student", "width", "projection"})
+    model: RDPPModel
+    loss: RDPPLoss
 
     def __init__(
         self,
@@ -132,19 +134,19 @@ class RDPP(DistillationMixin, AnomalibModule):
         groups = [
             {"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.learning_rates, strict=True)
         ]
-        optimizer = build_optimizer(self.hparams.recipe, groups, fused=self.device.type == "cpu")
-        if self.hparams.recipe == "paper":
+        optimizer = build_optimizer(self.hparams["recipe"], groups, fused=self.device.type == "cpu")
+        if self.hparams["recipe"] == "paper":
             return optimizer
         schedule = LambdaLR(optimizer, lambda _: cosine_factor(training_progress(self.trainer)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *args: object, **kwargs: object) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images; every term is logged by name."""
         del args, kwargs
         noisy = self.noise(batch.image) if self.model.is_projecting else None
-        is_fast = self.hparams.recipe == "fast"
+        is_fast = self.hparams["recipe"] == "fast"
         share = easy_share(training_progress(self.trainer)) if is_fast else 0.0
-        return self.log_terms(self.loss(self.model(batch.image, noisy), share), len(batch.image))
+        return self.log_terms(self.loss(self.model(batch.image, noisy), share), batch.batch_size)
 
 
 def _weight_of(transport: str | None, transport_weight: float) -> float:

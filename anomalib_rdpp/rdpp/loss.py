@@ -95,10 +95,11 @@ class RDPPLoss(nn.Module):
 
 def reconstruction_loss(noisy_projected: list[torch.Tensor], projected: list[torch.Tensor]) -> torch.Tensor:
     """1 - cosine along channels of noisy and normal projections ``(B, C, H, W)``, mean of positions, sum of scales."""
-    return sum(
+    finest, *others = (
         (1 - functional.cosine_similarity(noisy, normal)).mean()
         for noisy, normal in zip(noisy_projected, projected, strict=True)
     )
+    return sum(others, finest)
 
 
 def contrast_loss(
@@ -107,10 +108,11 @@ def contrast_loss(
     margin: float = 0.5,  # of the official code
 ) -> torch.Tensor:
     """Cosine of noisy teacher and normal projection ``(B, C, H, W)``, each image flattened, as far as above margin."""
-    return sum(
+    finest, *others = (
         functional.relu(functional.cosine_similarity(noisy.flatten(1), normal.flatten(1)) - margin).mean()
         for noisy, normal in zip(noisy_teacher, projected, strict=True)
     )
+    return sum(others, finest)
 
 
 def transport_loss(projected: list[torch.Tensor], positions: int = 64) -> torch.Tensor:
