@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
-from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torchvision.transforms.v2 import Normalize, Resize
+from torchvision.transforms.v2 import Resize
 
 from anomalib_rdpp.callbacks import LastState
 from anomalib_rdpp.export import SafeExportMixin
+from anomalib_rdpp.pixels import datasets, read_right, refuse_moving, refuse_normalize
 from anomalib_rdpp.resize import keep_antialias
 from anomalib_rdpp.teacher import architecture
 from anomalib_rdpp.threshold import QUANTILE, NormalThreshold
 
-SLACK = 0.05  # resizing and augmentations may overshoot a little
+OVERSHOOT = 0.5  # beyond [0, 1]: more than sharp resizes, less than Normalize
 
 
 class DistillationMixin(SafeExportMixin):
@@ -120,21 +120,24 @@ class DistillationMixin(SafeExportMixin):
         return terms["loss"]
 
     def setup(self, stage: str) -> None:
-        """Refuse a pre-processor that normalises.
+        """Refuse what would normalise pixels, or move them away from their foreground masks; read all files right.
 
         Raises:
-            ValueError: If its transform contains ``Normalize``.
+            ValueError: If pre-processor, augmentations or a file are not admissible.
         """
         super().setup(stage)
-        # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want.
-        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`")
-        transform = getattr(self.pre_processor, "transform", None)
-        if transform is not None and extract_transforms_by_type(transform, Normalize):
-            msg = (
-                f"The pre-processor of {self.name} contains Normalize, but the model normalises by itself and adds its "
-                "synthetic anomalies to pixels in [0, 1]; take Normalize out of the transform."
-            )
-            raise ValueError(msg)
+        # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want, and that
+        # the teacher doesn't train.
+        warnings.filterwarnings("ignore", message=r".*overridden `on_before_batch_transfer`|.*module\(s\) in eval mode")
+        transforms = {f"The pre-processor of {self.name}": getattr(self.pre_processor, "transform", self.pre_processor)}
+        for name, dataset in datasets(self.trainer) if self._trainer else ():
+            read_right(dataset)
+            transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
+            transforms[f"The transform of the {name} images"] = transform
+        for where, transform in transforms.items():
+            refuse_normalize(transform, where)
+            if stage == "fit" and self.hparams.get("foreground_dir"):
+                refuse_moving(transform, where)
 
     def on_fit_start(self) -> None:
         """Give each process its own noise: ``seed_everything`` seeds all alike.
@@ -153,7 +156,7 @@ class DistillationMixin(SafeExportMixin):
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Refuse images with pixels outside of [0, 1] while they are still on the CPU.
+        """Refuse images whose pixels are far outside of [0, 1] while they are still on the CPU.
 
         Raises:
             ValueError: If a pixel is NaN, infinite or out of range; names the files.
@@ -162,7 +165,7 @@ class DistillationMixin(SafeExportMixin):
         image = getattr(batch, "image", None)
         if image is None or image.device.type != "cpu":
             return batch
-        is_bad = [not (float(pixels.min()) >= -SLACK and float(pixels.max()) <= 1 + SLACK) for pixels in image]
+        is_bad = [not (float(pixels.min()) >= -OVERSHOOT and float(pixels.max()) <= 1 + OVERSHOOT) for pixels in image]
         if any(is_bad):
             paths = getattr(batch, "image_path", None) or range(len(image))
             names = [path for path, bad in zip(paths, is_bad, strict=True) if bad]
@@ -172,6 +175,14 @@ class DistillationMixin(SafeExportMixin):
             )
             raise ValueError(msg)
         return batch
+
+    def on_train_batch_start(self, batch: Batch, *args: object) -> None:
+        """Bring back into [0, 1] what a bicubic resize and its like overshoot."""
+        del args
+        if getattr(batch, "image", None) is not None:
+            batch.image = batch.image.clamp(0, 1)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network before torch lists all its tensors.
@@ -201,7 +212,10 @@ class DistillationMixin(SafeExportMixin):
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
         quantile = (checkpoint.get("anomalib_post_processor_config") or {}).get(QUANTILE)
         if quantile is not None and type(self.post_processor) is PostProcessor:  # anomalib's default: none was chosen
-            self.post_processor = NormalThreshold(quantile)
+            default, self.post_processor = self.post_processor, NormalThreshold(quantile)
+            if self._trainer is not None:  # which has taken the default for a callback already
+                callbacks = self.trainer.callbacks
+                callbacks[:] = [self.post_processor if each is default else each for each in callbacks]
         super().on_load_checkpoint(checkpoint)
 
     @classmethod

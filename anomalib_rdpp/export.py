@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_rdpp.pixels import read_right
 from anomalib_rdpp.resize import resize_as_torch
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ def calibration_images(datamodule: AnomalibDataModule) -> DataLoader[ImageBatch]
     step = -(-len(dataset) // CALIBRATION_IMAGES)
     dataset = dataset.subsample(list(dataset.samples["image_path"].sort_values().index[::step]))
     dataset.augmentations = None
+    read_right(dataset)
     return DataLoader(dataset, collate_fn=dataset.collate_fn)
 
 

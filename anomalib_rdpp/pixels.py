@@ -1,0 +1,199 @@
+"""Pixels in [0, 1]: files that anomalib's reader would flatten, and transforms that would normalise.
+
+anomalib reads every file by Pillow as RGB with 8 bits. What has more bits than that becomes black or white, without a
+word; here it is read right if its range is known, and refused by name if not.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from unittest import mock
+
+import numpy as np
+import torch
+from anomalib.data.utils import image as anomalib_image
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2.functional import to_image
+
+SLACK = 0.05  # beyond [0, 1]: what an even image may come to in a transform
+EIGHT_BITS = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # modes that convert to RGB as they look
+ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+
+
+def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
+    """Read an image as anomalib does, but 16 bits by their range, and floating point that is in [0, 1] already.
+
+    Args:
+        path: The file.
+        as_tensor: Give a tensor ``(3, H, W)`` and no array ``(H, W, 3)``.
+
+    Raises:
+        ValueError: If what the pixels mean isn't known; names the file.
+    """
+    kind = _kind(str(path), Path(path).stat().st_mtime_ns)
+    if kind == "eight bits":
+        return anomalib_image.read_image(path, as_tensor)
+    with Image.open(path) as image:
+        if kind == "alpha":
+            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise _refusal(path, "has transparent pixels, and what is behind them isn't known")
+            return anomalib_image.read_image(path, as_tensor)
+        grey, tags = np.asarray(image, np.float32), getattr(image, "tag_v2", {})
+    if kind == "16 bits":
+        grey = grey / (2 ** tags.get(258, [16])[0] - 1)  # BitsPerSample: 12 in files of some cameras
+        grey = 1 - grey if tags.get(262) == 0 else grey  # PhotometricInterpretation: white is 0
+    elif not 0 <= grey.min() <= grey.max() <= 1:
+        raise _refusal(path, f"holds floating point from {grey.min():g} to {grey.max():g}, not within [0, 1]")
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    return to_image(rgb) if as_tensor else rgb
+
+
+def read_right(dataset: Dataset) -> None:
+    """Let a dataset of anomalib read by ``read_image`` if it has a file that anomalib's reader would flatten.
+
+    Raises:
+        ValueError: If a file can't be read right; names it.
+    """
+    paths = dataset.samples["image_path"] if hasattr(dataset, "samples") else getattr(dataset, "image_filenames", ())
+    files = filter(anomalib_image.is_image_file, paths)  # others are videos
+    kinds = {str(path): _kind(str(path), Path(path).stat().st_mtime_ns) for path in files}
+    others = [path for path, kind in kinds.items() if kind != "eight bits"]
+    if others and not hasattr(dataset, "reads_right"):
+        dataset.__class__ = _reading_right(type(dataset))
+        deep = [path for path in others if kinds[path] == "16 bits"]
+        if deep:
+            rank_zero_info(f"{len(deep)} images have 16 bits and are read as value / range, the first is '{deep[0]}'.")
+
+
+def datasets(trainer: Trainer) -> Iterator[tuple[str, Dataset]]:
+    """Find what a trainer is about to read, by name: its datamodule's datasets, and those of loaders given to it."""
+    for name in ("train", "val", "test"):
+        if (dataset := getattr(trainer.datamodule, f"{name}_data", None)) is not None:
+            yield name, dataset
+    loops = (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+    for loop in (*loops, trainer.predict_loop):
+        given = loop._data_source.instance  # noqa: SLF001  not public before iteration, which would be too late
+        for loader in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(loader, DataLoader):
+                yield "given", loader.dataset
+
+
+def transforms_in(root: object) -> Iterator[object]:
+    """Give a transform and all that it calls, in containers, attributes, partial functions and closures."""
+    found, seen = [root], set()
+    while found:
+        each = found.pop()
+        if id(each) in seen or isinstance(each, type | torch.Tensor):
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            found += each.values()
+        elif isinstance(each, list | tuple | set):
+            found += each
+        elif callable(each):
+            yield each
+            found += [cell.cell_contents for cell in getattr(each, "__closure__", None) or ()]
+            found += [getattr(each, name, None) for name in ("func", "args", "keywords", "__self__")]
+            found += [] if isinstance(each, FunctionType) else getattr(each, "__dict__", {}).values()
+
+
+def refuse_normalize(transform: object, where: str) -> None:
+    """Refuse a transform that normalises, by name wherever it hides, or by what becomes of black and white images.
+
+    Raises:
+        ValueError: If it does.
+    """
+    names = (getattr(each, "__name__", type(each).__name__) for each in transforms_in(transform))
+    is_normalizing = any(name.lower() == "normalize" for name in names)
+    for level in () if transform is None or is_normalizing else (0.0, 1.0):
+        # What a transform can't do with such an image, the training will tell.
+        with torch.random.fork_rng(devices=[]), suppress(Exception):
+            given = to_image(torch.full((3, 256, 256), level))
+            is_normalizing |= not -SLACK <= float(transform(given).double().median()) <= 1 + SLACK
+    if is_normalizing:
+        msg = (
+            f"{where} contains Normalize or leaves [0, 1], but the model normalises by itself and adds its synthetic "
+            "anomalies to pixels in [0, 1]; take Normalize out of the transform."
+        )
+        raise ValueError(msg)
+
+
+def refuse_moving(transform: object, where: str) -> None:
+    """Refuse a transform that may move pixels otherwise than by a resize, which masks read from files can't follow.
+
+    Raises:
+        ValueError: If it may.
+    """
+    still = ("_color", "_container", "_misc", "_type_conversion", "_utils")
+    for each in transforms_in(transform):
+        name, place = type(each).__name__, type(each).__module__
+        is_still = place.startswith("torchvision.transforms.v2.") and place.endswith(still) and name != "Lambda"
+        if not is_still and name not in {"Resize", "Sequential"}:
+            msg = (
+                f"{where} contains {name}, which may move pixels, and the masks of foreground_dir wouldn't follow: "
+                'take it out, or give foreground="estimate" in the place of foreground_dir.'
+            )
+            raise ValueError(msg)
+
+
+@cache
+def _kind(path: str, modified: int) -> str:  # noqa: ARG001  the cache is for files as they were
+    """What a file's header tells of its pixels.
+
+    Raises:
+        ValueError: If they can't be read, or what they mean isn't known; names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format in {"TIFF", "WEBP"} and image.n_frames > 1:
+                raise _refusal(path, f"holds {image.n_frames} pages, of which only the first would be read")
+            if image.mode in ALPHA or "transparency" in image.info:
+                return "alpha"
+            if image.mode in EIGHT_BITS:
+                return "eight bits"
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                return "16 bits"
+            if image.mode == "F":
+                return "float"
+            raise _refusal(path, f"has pixels of Pillow's mode '{image.mode}', whose range or colours aren't known")
+    except UnidentifiedImageError as error:
+        raise _refusal(path, "is damaged, or holds pixels that Pillow doesn't know") from error
+
+
+def _refusal(path: str | Path, reason: str) -> ValueError:
+    """Say what to do."""
+    return ValueError(f"'{path}' {reason}: save it as 8 or 16 bit grey, or 8 bit RGB, PNG or TIFF, one image per file.")
+
+
+@cache
+def _reading_right(base: type[Dataset]) -> type[Dataset]:
+    """Make the class that differs from a dataset's in its reader alone."""
+    modules = [
+        sys.modules[each.__module__] for each in base.__mro__ if hasattr(sys.modules[each.__module__], "read_image")
+    ]
+
+    def get_item(self: Dataset, index: int) -> object:
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(mock.patch.object(module, "read_image", read_image))
+            return base.__getitem__(self, index)
+
+    members = {
+        "__getitem__": get_item,
+        "__reduce__": lambda self: (_restore, (base, self.__dict__)),
+        "reads_right": True,
+    }
+    return type(base.__name__, (base,), members)
+
+
+def _restore(base: type[Dataset], attributes: dict[str, object]) -> Dataset:
+    """Unpickle in a worker process."""
+    dataset = object.__new__(_reading_right(base))
+    dataset.__dict__.update(attributes)
+    return dataset
