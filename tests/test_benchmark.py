@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -208,7 +209,7 @@ def test_runs_of_two_processes_are_one_row_each(grid):
     config, output = grid([0, 1], ours=TOY)
     change(config, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
     command = [sys.executable, "-m", "anomalib_rdpp.benchmark", "accuracy", str(config), "--output", str(output)]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True, timeout=600, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert [(row["seed"], row["error"], row["steps"]) for row in rows_of(output)] == [("0", "", "1"), ("1", "", "1")]
 
 
