@@ -22,7 +22,7 @@ def test_code_of_notebook_was_run_in_order_and_ends_with_a_picture(notebook):
     for number, cell in enumerate(cells, 1):
         ast.parse("".join(cell["source"]))
         assert cell["execution_count"] == number
-    assert any("image/png" in output.get("data", {}) for output in cells[-1]["outputs"])
+    assert any("image/jpeg" in output.get("data", {}) for output in cells[-1]["outputs"])
 
 
 @each_notebook
@@ -53,4 +53,4 @@ def test_notebook_runs_quickly(notebook, tmp_path, monkeypatch):
         kernel_name="python3",
         resources={"metadata": {"path": tmp_path}},
     ).execute()
-    assert any("image/png" in output.get("data", {}) for output in ran.cells[-1]["outputs"])
+    assert any("image/jpeg" in output.get("data", {}) for output in ran.cells[-1]["outputs"])
