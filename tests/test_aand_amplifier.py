@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import TINY
 
 from anomalib_rdpp.aand.amplifier import Amplifier, MatchingGate, position_encoding
 from anomalib_rdpp.aand.torch_model import AANDModel, mask_at_scale
@@ -74,7 +75,7 @@ def test_mask_is_set_where_more_than_three_tenths_of_its_pixels_are():
 
 @pytest.mark.parametrize(("arguments", "gate_count"), [({}, 3), ({"is_gated": False}, 0), ({"fixed_scale": 0.5}, 3)])
 def test_model_of_every_ablation_trains_both_stages(arguments, gate_count):
-    model = AANDModel("resnet18", pre_trained=False, **arguments).train()
+    model = AANDModel(**TINY, **arguments).train()
     images, masks = torch.rand(2, 3, 64, 96), torch.ones(2, 1, 64, 96)
     model.start_stage(is_amplifying=True)
     teacher, amplified, gates = model(images, masks)
@@ -86,7 +87,7 @@ def test_model_of_every_ablation_trains_both_stages(arguments, gate_count):
 
 
 def test_backbone_goes_on_from_raw_features():
-    model = AANDModel("resnet18", pre_trained=False)
+    model = AANDModel(**TINY)
     model.start_stage(is_amplifying=True)
     images = torch.rand(2, 3, 64, 64)
     for raw, expected in zip(

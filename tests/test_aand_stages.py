@@ -6,37 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import ImageBatch
-from anomalib.engine import Engine
 from lightning.pytorch import Callback
+from tiny import TINY
 
 from anomalib_rdpp.aand.lightning_model import AAND, learning_rate_factor, split_epochs
 from anomalib_rdpp.aand.torch_model import AANDModel
 
 
 def build(**arguments):
-    arguments = {"anomaly_probability": 1.0, **arguments}
-    pre_processor = AAND.configure_pre_processor((64, 64))
-    return AAND(backbone="resnet18", pre_trained=False, pre_processor=pre_processor, visualizer=False, **arguments)
+    return tiny.build("AAND", anomaly_probability=arguments.pop("anomaly_probability", 1.0), **arguments)
 
 
 def engine(folder, *callbacks, **arguments):
-    """Engine that saves no checkpoints, unless a callback does."""
-    arguments = {"max_epochs": 4, "limit_val_batches": 0, "enable_progress_bar": False, **arguments}
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        callbacks = (*callbacks, ModelCheckpoint(folder, save_top_k=0))
-    return Engine(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        callbacks=list(callbacks),
-        **arguments,
-    )
+    return tiny.engine(folder, *callbacks, **{"max_epochs": 4, "limit_val_batches": 0, **arguments})
 
 
 class Diary(Callback):
@@ -92,7 +81,7 @@ def test_stage_two_reaches_the_student_only():
 
 @pytest.mark.parametrize("is_amplifying", [True, False])
 def test_what_a_stage_does_not_train_is_in_eval_mode(is_amplifying):
-    model = AANDModel("resnet18", pre_trained=False)
+    model = AANDModel(**TINY)
     model.start_stage(is_amplifying)
     model.eval().train()
     assert not model.teacher.training
@@ -113,7 +102,7 @@ def test_stages_follow_each_other_in_one_fit_with_the_rest_frozen(tiny_data, tmp
 
 
 def test_map_compares_raw_and_amplified_teacher_in_stage_one():
-    model = AANDModel("resnet18", pre_trained=False).eval()
+    model = AANDModel(**TINY).eval()
     images = torch.rand(2, 3, 64, 64)
     teacher = model.teacher(images)
     amplified, _ = model.amplify(teacher)
@@ -133,7 +122,7 @@ def test_validation_works_in_both_stages(tiny_data, tmp_path):
 
 @pytest.mark.parametrize("is_amplifying", [True, False])
 def test_stage_survives_state_dict_and_pickle(is_amplifying):
-    model = AANDModel("resnet18", pre_trained=False)
+    model = AANDModel(**TINY)
     model.start_stage(is_amplifying)
     for source, weights_only in ((model.state_dict(), True), (model, False)):
         buffer = io.BytesIO()
@@ -141,7 +130,7 @@ def test_stage_survives_state_dict_and_pickle(is_amplifying):
         buffer.seek(0)
         loaded = torch.load(buffer, weights_only=weights_only)
         if weights_only:
-            other = AANDModel("resnet18", pre_trained=False)
+            other = AANDModel(**TINY)
             other.load_state_dict(loaded)
             loaded = other
         assert loaded.is_amplifying == is_amplifying
@@ -291,12 +280,11 @@ def test_killed_run_resumes_where_it_was(tiny_data, tiny_folder, tmp_path, kille
     script = tmp_path / "train.py"
     script.write_text(
         f"""
-import torch
+from pathlib import Path
 from anomalib.data import Folder
-from anomalib.engine import Engine
 from lightning.pytorch import Callback
 from anomalib.callbacks import ModelCheckpoint
-from anomalib_rdpp.aand.lightning_model import AAND
+from tiny import build, engine
 
 class Hang(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -305,15 +293,15 @@ class Hang(Callback):
             import time
             time.sleep(600)
 
-model = AAND(backbone="resnet18", pre_trained=False, amplifier_share=0.5, visualizer=False,
-             pre_processor=AAND.configure_pre_processor((64, 64)))
 data = Folder(name="tiny", root={str(tiny_folder)!r}, normal_dir="train/good", train_batch_size=3, num_workers=0)
 saving = ModelCheckpoint({str(tmp_path)!r}, filename="last", enable_version_counter=False)
-Engine(default_root_dir={str(tmp_path)!r}, accelerator="cpu", devices=1, logger=False, max_epochs=4,
-       limit_val_batches=0, callbacks=[Hang(), saving]).fit(model, datamodule=data)
+engine(Path({str(tmp_path)!r}), Hang(), saving, max_epochs=4, limit_val_batches=0).fit(
+    build("AAND", amplifier_share=0.5), datamodule=data)
 """,
     )
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=os.environ)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 300
     for line in process.stdout:
         if "hanging" in line:
