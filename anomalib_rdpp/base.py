@@ -12,7 +12,6 @@ from anomalib import LearningType
 from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -24,6 +23,7 @@ from anomalib_rdpp.pixels import datasets, read_right, refuse_moving, refuse_nor
 from anomalib_rdpp.resize import keep_antialias
 from anomalib_rdpp.teacher import architecture
 from anomalib_rdpp.threshold import QUANTILE, NormalThreshold
+from anomalib_rdpp.visualizer import ScoreVisualizer
 
 OVERSHOOT = 0.5  # beyond [0, 1]: more than sharp resizes, less than Normalize
 
@@ -39,9 +39,9 @@ class DistillationMixin(SafeExportMixin):
         return PreProcessor(transform=Resize(image_size or (256, 256), antialias=True))
 
     @staticmethod
-    def configure_visualizer() -> ImageVisualizer:
+    def configure_visualizer() -> ScoreVisualizer:
         """Draw image, heat map, and on the image again the truth's outline in green and the found one in red."""
-        return ImageVisualizer(
+        return ScoreVisualizer(
             fields=["image"],
             overlay_fields=[("image", ["anomaly_map"]), ("image", ["gt_mask", "pred_mask"])],
             field_size=(384, 384),

@@ -5,8 +5,13 @@ are the test images. Here the files are moved into place when they are complete,
 training images; INT8_ACQ is anomalib's.
 """
 
+import json
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +45,7 @@ class SafeExportMixin(Module):
         """Export as anomalib does, whole or not at all."""
         with _move_when_whole(export_root) as folder:
             path = super().to_torch(folder, model_file_name)
+            _write_facts(path, self.facts())
         return Path(export_root) / path.relative_to(folder)
 
     def to_onnx(  # type: ignore[override]  # as anomalib's, which is unlike Lightning's
@@ -56,8 +62,14 @@ class SafeExportMixin(Module):
         """
         _require("onnx", "onnxscript")
         kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to anomalib's 14, and go on
-        with _move_when_whole(export_root) as folder:
-            path = super().to_onnx(folder, model_file_name, input_size, **kwargs)
+        import onnx  # noqa: PLC0415  optional
+
+        with _quietly(), _move_when_whole(export_root) as folder:
+            path = super().to_onnx(folder, model_file_name, input_size, **{"verbose": False, **kwargs})
+            model = onnx.load(path, load_external_data=False)
+            onnx.helper.set_model_props(model, {name: str(value) for name, value in self.facts().items()})
+            onnx.save(model, path)
+            _write_facts(path, self.facts())
         return Path(export_root) / path.relative_to(folder)
 
     def to_openvino(  # type: ignore[override]  # the rest by name alone
@@ -79,6 +91,7 @@ class SafeExportMixin(Module):
         _require("onnx", "onnxscript", "openvino")
         if compression_type not in (None, CompressionType.FP16):
             _require("nncf")
+            import_module("nncf")  # sets its logger's level as it loads, which is silenced below
         if compression_type in CALIBRATED and datamodule is None:
             msg = (
                 f"{compression_type.name} needs images to calibrate on, but no data was given: add --data (Python: "
@@ -88,7 +101,7 @@ class SafeExportMixin(Module):
         import openvino as ov  # noqa: PLC0415  takes a second, and isn't needed elsewhere
 
         ours = datamodule if compression_type == CompressionType.INT8_PTQ else None
-        with TemporaryDirectory() as raw, _move_when_whole(export_root) as folder:
+        with _quietly(), TemporaryDirectory() as raw, _move_when_whole(export_root) as folder:
             path = super().to_openvino(
                 raw, model_file_name, input_size, None if ours else compression_type, datamodule, **kwargs
             )
@@ -97,8 +110,31 @@ class SafeExportMixin(Module):
                 model = quantize(model, ours)
             path = path.relative_to(raw)
             (folder / path).parent.mkdir(parents=True)
+            model.set_rt_info({name: str(value) for name, value in self.facts().items()}, "anomalib_rdpp")
             ov.save_model(model, folder / path, compress_to_fp16=False)  # what is in FP16 already stays so
+            _write_facts(folder / path, self.facts())
         return Path(export_root) / path
+
+    def facts(self) -> dict[str, str | float]:
+        """What a user of an exported model has to know, thresholds and ranges of the raw scores among it."""
+        post = self.post_processor
+        buffers = {} if post is None else dict(post.named_buffers(recurse=False))
+        projects = self.hparams.get("projection")
+        return {
+            "model": self.name,
+            "method": self.name if projects is None else "RD++" if projects else "RD",
+            "teacher": self.hparams.backbone,
+            "package": f"anomalib-rdpp {version('anomalib-rdpp')}",
+            "input": "(B, 3, H, W), RGB, float32 in [0, 1]",
+            "inside": "resize, normalisation of the input, anomaly map, post-processing: add none of these",
+            "scores": "0.5 is the threshold" if getattr(post, "enable_normalization", False) else "raw",
+            "resize": str(getattr(self.pre_processor, "transform", None)),
+            **{
+                name.lstrip("_"): value.item()
+                for name, value in buffers.items()
+                if value.numel() == 1 and value.isfinite()
+            },
+        }
 
 
 def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> "Model":  # noqa: ANN401
@@ -249,6 +285,27 @@ def _move_when_whole(export_root: Path | str) -> Iterator[Path]:
             target = root / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
+
+
+def _write_facts(path: Path, facts: dict[str, str | float]) -> None:
+    """Write them beside a model."""
+    (path.parent / "metadata.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence what exporters say of each operation."""
+    talkers = [logging.getLogger(name) for name in ("nncf", "onnx_ir", "onnxscript", "torch.onnx", "torch.utils")]
+    levels = [talker.level for talker in talkers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for talker in talkers:
+            talker.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for talker, level in zip(talkers, levels, strict=True):
+                talker.setLevel(level)
 
 
 def _require(*packages: str) -> None:

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_image
 
 SLACK = 0.05  # beyond [0, 1]: what an even image may come to in a transform
-EIGHT_BITS = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # modes that convert to RGB as they look
+CONVERTIBLE = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # Pillow's modes that look the same as RGB
 ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+EIGHT_BITS, SIXTEEN_BITS = "8 bits", "16 bits"
 
 
 def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
@@ -36,8 +37,8 @@ def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.n
     Raises:
         ValueError: If what the pixels mean isn't known; names the file.
     """
-    kind = _kind(str(path), Path(path).stat().st_mtime_ns)
-    if kind == "eight bits":
+    kind = pixel_kind(path)
+    if kind == EIGHT_BITS:
         return anomalib_image.read_image(path, as_tensor)
     with Image.open(path) as image:
         if kind == "alpha":
@@ -45,7 +46,7 @@ def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.n
                 raise _refusal(path, "has transparent pixels, and what is behind them isn't known")
             return anomalib_image.read_image(path, as_tensor)
         grey, tags = np.asarray(image, np.float32), getattr(image, "tag_v2", {})
-    if kind == "16 bits":
+    if kind == SIXTEEN_BITS:
         grey = grey / (2 ** tags.get(258, [16])[0] - 1)  # BitsPerSample: 12 in files of some cameras
         grey = 1 - grey if tags.get(262) == 0 else grey  # PhotometricInterpretation: white is 0
     elif not 0 <= grey.min() <= grey.max() <= 1:
@@ -62,11 +63,11 @@ def read_right(dataset: Dataset) -> None:
     """
     paths = dataset.samples["image_path"] if hasattr(dataset, "samples") else getattr(dataset, "image_filenames", ())
     files = filter(anomalib_image.is_image_file, paths)  # others are videos
-    kinds = {str(path): _kind(str(path), Path(path).stat().st_mtime_ns) for path in files}
-    others = [path for path, kind in kinds.items() if kind != "eight bits"]
+    kinds = {str(path): pixel_kind(path) for path in files}
+    others = [path for path, kind in kinds.items() if kind != EIGHT_BITS]
     if others and not hasattr(dataset, "reads_right"):
         dataset.__class__ = _reading_right(type(dataset))
-        deep = [path for path in others if kinds[path] == "16 bits"]
+        deep = [path for path in others if kinds[path] == SIXTEEN_BITS]
         if deep:
             rank_zero_info(f"{len(deep)} images have 16 bits and are read as value / range, the first is '{deep[0]}'.")
 
@@ -143,7 +144,7 @@ def refuse_moving(transform: object, where: str) -> None:
 
 
 @cache
-def _kind(path: str, modified: int) -> str:  # noqa: ARG001  the cache is for files as they were
+def pixel_kind(path: str | Path) -> str:
     """What a file's header tells of its pixels.
 
     Raises:
@@ -155,10 +156,10 @@ def _kind(path: str, modified: int) -> str:  # noqa: ARG001  the cache is for fi
                 raise _refusal(path, f"holds {image.n_frames} pages, of which only the first would be read")
             if image.mode in ALPHA or "transparency" in image.info:
                 return "alpha"
-            if image.mode in EIGHT_BITS:
-                return "eight bits"
+            if image.mode in CONVERTIBLE:
+                return EIGHT_BITS
             if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-                return "16 bits"
+                return SIXTEEN_BITS
             if image.mode == "F":
                 return "float"
             raise _refusal(path, f"has pixels of Pillow's mode '{image.mode}', whose range or colours aren't known")
