@@ -19,10 +19,7 @@ class AANDLoss(nn.Module):
 
     Stage one: ``focal + amplification_weight * amplification``; stage two: ``distillation + hard_weight * hard``.
 
-    Args:
-        amplification_weight: Weight of the amplification term beside the focal one.
-        hard_weight: Weight of the hard-knowledge term beside the distillation term.
-        hard_positions: K_h, how many positions of each image and scale the hard-knowledge term looks at.
+    The arguments are those of ``AAND`` by the same names.
 
     Raises:
         ValueError: If a weight is negative or the number of positions not positive.

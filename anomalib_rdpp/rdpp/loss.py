@@ -22,13 +22,7 @@ class RDPPLoss(nn.Module):
     ``distillation + projection_weight * (transport_weight * transport + reconstruction_weight * reconstruction +
     contrast_weight * contrast) / 1.11``
 
-    Args:
-        projection_weight: Weight of the whole projection loss.
-        transport_weight: Weight of the optimal transport term. 0 leaves it out, which is what the official code's call
-            comes to; 1 is the paper's.
-        reconstruction_weight: Weight of the reconstruction term.
-        contrast_weight: Weight of the contrast term.
-        transport_positions: How many random positions of each scale the transport term looks at.
+    The arguments are those of ``RDPP`` by the same names.
 
     Raises:
         ValueError: If a weight is negative or the number of positions not positive.
