@@ -129,12 +129,14 @@ class DistillationMixin(SafeExportMixin):
         # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want, and that
         # the teacher doesn't train.
         warnings.filterwarnings("ignore", message=r".*overridden `on_before_batch_transfer`|.*module\(s\) in eval mode")
-        transforms = {f"The pre-processor of {self.name}": getattr(self.pre_processor, "transform", self.pre_processor)}
+        transforms = [
+            (f"The pre-processor of {self.name}", getattr(self.pre_processor, "transform", self.pre_processor))
+        ]
         for name, dataset in datasets(self.trainer) if self._trainer else ():
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
-            transforms[f"The transform of the {name} images"] = transform
-        for where, transform in transforms.items():
+            transforms.append((f"The transform of the {name} images", transform))
+        for where, transform in transforms:
             refuse_normalize(transform, where)
             if stage == "fit" and self.hparams.get("foreground_dir"):
                 refuse_moving(transform, where)

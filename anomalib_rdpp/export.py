@@ -43,9 +43,8 @@ class SafeExportMixin(Module):
 
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as anomalib does, whole or not at all."""
-        with _move_when_whole(export_root) as folder:
+        with _move_when_whole(export_root, self.facts()) as folder:
             path = super().to_torch(folder, model_file_name)
-            _write_facts(path, self.facts())
         return Path(export_root) / path.relative_to(folder)
 
     def to_onnx(  # type: ignore[override]  # as anomalib's, which is unlike Lightning's
@@ -64,12 +63,11 @@ class SafeExportMixin(Module):
         kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to anomalib's 14, and go on
         import onnx  # noqa: PLC0415  optional
 
-        with _quietly(), _move_when_whole(export_root) as folder:
+        with _quietly(), _move_when_whole(export_root, self.facts()) as folder:
             path = super().to_onnx(folder, model_file_name, input_size, **{"verbose": False, **kwargs})
             model = onnx.load(path, load_external_data=False)
             onnx.helper.set_model_props(model, {name: str(value) for name, value in self.facts().items()})
             onnx.save(model, path)
-            _write_facts(path, self.facts())
         return Path(export_root) / path.relative_to(folder)
 
     def to_openvino(  # type: ignore[override]  # the rest by name alone
@@ -101,7 +99,7 @@ class SafeExportMixin(Module):
         import openvino as ov  # noqa: PLC0415  takes a second, and isn't needed elsewhere
 
         ours = datamodule if compression_type == CompressionType.INT8_PTQ else None
-        with _quietly(), TemporaryDirectory() as raw, _move_when_whole(export_root) as folder:
+        with _quietly(), TemporaryDirectory() as raw, _move_when_whole(export_root, self.facts()) as folder:
             path = super().to_openvino(
                 raw, model_file_name, input_size, None if ours else compression_type, datamodule, **kwargs
             )
@@ -112,7 +110,6 @@ class SafeExportMixin(Module):
             (folder / path).parent.mkdir(parents=True)
             model.set_rt_info({name: str(value) for name, value in self.facts().items()}, "anomalib_rdpp")
             ov.save_model(model, folder / path, compress_to_fp16=False)  # what is in FP16 already stays so
-            _write_facts(folder / path, self.facts())
         return Path(export_root) / path
 
     def facts(self) -> dict[str, str | float]:
@@ -123,7 +120,7 @@ class SafeExportMixin(Module):
         return {
             "model": self.name,
             "method": self.name if projects is None else "RD++" if projects else "RD",
-            "teacher": self.hparams.backbone,
+            "teacher": str(self.hparams.get("backbone")),
             "package": f"anomalib-rdpp {version('anomalib-rdpp')}",
             "input": "(B, 3, H, W), RGB, float32 in [0, 1]",
             "inside": "resize, normalisation of the input, anomaly map, post-processing: add none of these",
@@ -273,23 +270,20 @@ def calibration_images(datamodule: AnomalibDataModule) -> DataLoader[ImageBatch]
 
 
 @contextmanager
-def _move_when_whole(export_root: Path | str) -> Iterator[Path]:
-    """Give a folder beside the final one; its files take their places when nothing went wrong."""
+def _move_when_whole(export_root: Path | str, facts: dict[str, str | float]) -> Iterator[Path]:
+    """Give a folder beside the final one; its files take their places when nothing went wrong, facts beside them."""
     root = Path(export_root)
     root.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root, prefix=".export-") as name:
         folder = Path(name)
         yield folder
         files = [path for path in folder.rglob("*") if path.is_file()]
+        files.append(files[0].with_name("metadata.json"))
+        files[-1].write_text(json.dumps(facts, indent=1), encoding="utf-8")
         for path in sorted(files, key=lambda path: path.suffix in {".xml", ".onnx"}):  # weights before what names them
             target = root / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
-
-
-def _write_facts(path: Path, facts: dict[str, str | float]) -> None:
-    """Write them beside a model."""
-    (path.parent / "metadata.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 @contextmanager

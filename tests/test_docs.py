@@ -197,7 +197,7 @@ def test_int8_command_gives_a_model_for_any_size(desk, exported):
 def test_python_block_of_the_edge_page_runs_as_printed(desk, exported, monkeypatch):
     monkeypatch.chdir(exported)
     shutil.copy(desk.folder / "part.png", ".")
-    exec(blocks("docs/edge.md", "python")[0], {})
+    exec("\n".join(blocks("docs/edge.md", "python")), {})
 
 
 @pytest.mark.slow
