@@ -1,6 +1,6 @@
-"""What both Lightning classes answer the host alike: input, checkpoints, steps of evaluation.
+"""What both Lightning classes answer anomalib alike: input, checkpoints, steps of evaluation.
 
-A mixin, not a base class: the host's ``get_model`` and ``list_models`` look one level below ``AnomalibModule``.
+A mixin, not a base class: anomalib's ``get_model`` and ``list_models`` look one level below ``AnomalibModule``.
 """
 
 import warnings
@@ -46,7 +46,7 @@ class DistillationMixin(SafeExportMixin):
             overlay_fields=[("image", ["anomaly_map"]), ("image", ["gt_mask", "pred_mask"])],
             field_size=(384, 384),
             overlay_fields_config={"gt_mask": {"color": (0, 255, 0), "alpha": 1.0, "mode": "contour"}},
-            text_config={"size": 22},  # the host's own is too wide for the titles
+            text_config={"size": 22},  # anomalib's own is too wide for the titles
         )
 
     def configure_callbacks(self) -> list[Callback]:
@@ -208,7 +208,7 @@ class DistillationMixin(SafeExportMixin):
         if theirs and theirs != ours:
             msg = f"The checkpoint holds {sorted(theirs)}, of another model than {self.name}, which has {sorted(ours)}."
             raise ValueError(msg)
-        # The host stores buffers of metrics (AUPRO has one) but not the evaluator, and then fails to load them.
+        # anomalib stores buffers of metrics (AUPRO has one) but not the evaluator, and then fails to load them.
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
@@ -222,7 +222,7 @@ class DistillationMixin(SafeExportMixin):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, *args: Any, **kwargs: Any) -> "DistillationMixin":  # noqa: ANN401
-        """Load a checkpoint without fetching the teacher, whose weights it holds; arguments as the host's."""
+        """Load a checkpoint without fetching the teacher, whose weights it holds; arguments as anomalib's."""
         kwargs = {"pre_trained": False, "teacher_weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 

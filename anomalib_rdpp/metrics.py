@@ -7,7 +7,7 @@ from anomalib.data import Batch
 
 
 class AUROC(metrics.AUROC):
-    """The host's AUROC for values of any range.
+    """anomalib's AUROC for values of any range.
 
     Torchmetrics takes a batch with values outside of [0, 1] for logits and puts it through a sigmoid, and leaves the
     other batches as they are: scores of different batches are then on different scales, and the result is wrong. Here
