@@ -39,7 +39,9 @@ def build_optimizer(recipe: str, groups: list[dict[str, Any]], fused: bool) -> O
 def training_progress(trainer: Trainer) -> float:
     """Share of training that is over, from 0 to 1: by steps or by time, whichever will end it sooner."""
     total = trainer.estimated_stepping_batches
-    progress = trainer.global_step / total if math.isfinite(total) else 0.0
+    progress = trainer.global_step / total if 0 < total < math.inf else 0.0
+    if total < 0:  # data of unknown length
+        progress = trainer.current_epoch / max(trainer.max_epochs or 1, 1)
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # of max_time
     for timer in timers:
         elapsed, remaining = timer.time_elapsed(), timer.time_remaining()

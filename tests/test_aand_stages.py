@@ -18,6 +18,7 @@ from tiny import TINY
 
 from anomalib_rdpp.aand.lightning_model import AAND, learning_rate_factor, split_epochs
 from anomalib_rdpp.aand.torch_model import AANDModel
+from anomalib_rdpp.export import SafeExportMixin
 
 
 def build(**arguments):
@@ -189,7 +190,7 @@ def test_resuming_with_another_length_warns_that_the_stages_move(tiny_data, tmp_
 
 
 def test_exporting_a_model_of_stage_one_warns(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
+    monkeypatch.setattr(SafeExportMixin, "to_onnx", lambda *_, **__: tmp_path)
     module = build()
     module.model.start_stage(is_amplifying=True)
     with pytest.warns(UserWarning, match="its student is untrained"):

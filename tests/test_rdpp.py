@@ -156,7 +156,7 @@ def test_transport_of_a_single_image_is_zero():
 
 
 def test_transport_is_left_out_by_default():
-    assert RDPP(**TINY).hparams.transport_weight == 0
+    assert RDPP(**TINY).loss.weights["transport_weight"] == 0
     sames = RDPPFeatures(*[features(seed=i) for i in range(5)])
     terms = RDPPLoss()(sames)
     assert "transport" not in terms
@@ -170,6 +170,7 @@ def test_transport_is_left_out_by_default():
         ({"transport": "published", "transport_weight": 1.0}, 0.0),
         ({"transport": "paper", "transport_weight": 0.5}, 0.5),
         ({"transport": "paper"}, 1.0),
+        ({"transport": "paper", "transport_weight": 0.0}, 0.0),
         ({"transport_weight": 1.0}, 1.0),
         ({"layers": ["layer1", "layer2", "layer3"]}, 0.0),
     ],
@@ -365,6 +366,12 @@ def test_checkpoint_of_another_backbone_is_named():
     with pytest.raises(ValueError, match="RDPP with backbone 'resnet50', this model has 'resnet18'"):
         RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet50.tv_in1k"}})
     RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18.tv_in1k"}})
+
+
+def test_checkpoint_of_another_score_is_named():
+    """Its thresholds are of another scale."""
+    with pytest.raises(ValueError, match="RDPP with score 'sum', this model has 'max'"):
+        RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": TINY["backbone"], "score": "sum"}})
 
 
 def test_checkpoint_of_before_any_teacher_loads():

@@ -71,6 +71,9 @@ def test_progress_is_that_of_what_ends_the_training_first():
     trainer.estimated_stepping_batches = float("inf")
     trainer.callbacks = []
     assert training_progress(trainer) == 0
+    for total in (0, -1):  # nothing to do; a stream of data without a length
+        trainer.estimated_stepping_batches, trainer.current_epoch, trainer.max_epochs = total, 3, 4
+        assert training_progress(trainer) == (0 if total == 0 else 0.75)
 
 
 def test_resumed_training_lands_on_the_curve(tiny_data, tmp_path):

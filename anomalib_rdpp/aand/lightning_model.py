@@ -84,7 +84,7 @@ class AAND(DistillationMixin, AnomalibModule):
         'AAND'
     """
 
-    structure = frozenset({"backbone", "student", "width", "gate", "fixed_scale"})
+    structure = frozenset({"backbone", "student", "width", "gate", "fixed_scale", "score", "score_fraction"})
     model: AANDModel
     loss: AANDLoss
 
@@ -139,6 +139,7 @@ class AAND(DistillationMixin, AnomalibModule):
         self.amplifier_epochs: int | None = 0  # None where time alone ends the training
         self.amplifier_end = 0.0  # share of the training at which stage two starts
         self.resumed_amplifier_epochs: int | None = None
+        self.resumed_in_stage_two = False
 
     def setup(self, stage: str) -> None:
         """Look for the folders of textures and masks, which only training needs."""
@@ -152,7 +153,7 @@ class AAND(DistillationMixin, AnomalibModule):
         self.amplifier_epochs = None
         if (epochs := count_epochs(self.trainer)) is not None:
             self.amplifier_epochs = split_epochs(epochs, self.hparams["amplifier_share"])
-            self.amplifier_end = self.amplifier_epochs / epochs
+            self.amplifier_end = self.amplifier_epochs / max(epochs, 1)
         if self.resumed_amplifier_epochs not in (None, self.amplifier_epochs):
             rank_zero_warn(
                 f"Stage two of the resumed run starts with epoch {self.resumed_amplifier_epochs}, of this one with "
@@ -206,7 +207,9 @@ class AAND(DistillationMixin, AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         self.resumed_amplifier_epochs = checkpoint.get("amplifier_epochs")
         is_resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if checkpoint.get("state_dict", {}).get("model._extra_state", False) and not is_resuming:
+        was_amplifying = bool(checkpoint.get("state_dict", {}).get("model._extra_state", False))
+        self.resumed_in_stage_two = is_resuming and not was_amplifying and checkpoint.get("global_step", 0) > 0
+        if was_amplifying and not is_resuming:
             rank_zero_warn(
                 "This checkpoint was saved in stage one: its student is untrained, and its map compares raw and "
                 "amplified teacher. Resume its training, with the same max_epochs.",
@@ -222,6 +225,8 @@ class AAND(DistillationMixin, AnomalibModule):
 
     def _is_stage_one(self) -> bool:
         """Whether the epoch that starts now trains the amplifier."""
+        if self.amplifier_epochs is None and self.resumed_in_stage_two:  # with more time than it had at first
+            return False
         return training_progress(self.trainer) < self.amplifier_end - ROUNDING
 
     def _progress_of(self, first: float, last: float) -> float:
@@ -239,9 +244,10 @@ class AAND(DistillationMixin, AnomalibModule):
             strategy.model = self
             strategy.configure_ddp()
         name, task = ("one", "amplifier") if is_amplifying else ("two", "student")
-        at = f"epoch {self.amplifier_epochs}"
-        if self.amplifier_epochs is None:
-            at = f"the first epoch after {self.amplifier_end:.0%} of the time"
+        at = f"the first epoch after {self.amplifier_end:.0%} of the time"
+        if self.amplifier_epochs is not None:
+            is_timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)
+            at = f"epoch {self.amplifier_epochs}" + (f" or {at}, whichever is sooner" if is_timed else "")
         rank_zero_info(
             f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; stage two starts with {at}.",
         )
@@ -262,7 +268,7 @@ def count_epochs(trainer: Trainer) -> int | None:
         raise ValueError(msg)
     trainer.fit_loop.setup_data()
     steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    epochs = math.ceil(trainer.max_steps / steps)
+    epochs = math.ceil(trainer.max_steps / max(steps, 1))
     limit = trainer.max_epochs
     return epochs if limit is None or limit == -1 else min(epochs, limit)
 

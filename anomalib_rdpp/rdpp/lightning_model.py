@@ -46,8 +46,8 @@ class RDPP(DistillationMixin, AnomalibModule):
         projection_lr: Learning rate of the projection; of the recipe by default, 0.001 or 0.0005.
         student_lr: Learning rate of bottleneck and decoder; of the recipe by default, 0.005 or 0.002.
         projection_weight: Weight of the projection loss beside the distillation loss.
-        transport_weight: Weight of the optimal transport term within the projection loss: 0 for none, which is what the
-            official code's call comes to and the more accurate at length; 1 for the paper's term.
+        transport_weight: Weight of the optimal transport term within the projection loss: 0 for none, the default, which
+            is what the official code's call comes to and the more accurate at length; 1 for the paper's term.
         reconstruction_weight: Weight of the reconstruction term within the projection loss.
         contrast_weight: Weight of the contrast term within the projection loss.
         transport_positions: Random positions per scale that the transport term compares. Its cost grows with the
@@ -75,7 +75,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         'RDPP'
     """
 
-    structure = frozenset({"backbone", "student", "width", "projection"})
+    structure = frozenset({"backbone", "student", "width", "projection", "score", "score_fraction"})
     model: RDPPModel
     loss: RDPPLoss
 
@@ -91,7 +91,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         projection_lr: float | None = None,
         student_lr: float | None = None,
         projection_weight: float = 0.2,
-        transport_weight: float = 0.0,
+        transport_weight: float | None = None,
         reconstruction_weight: float = 0.01,
         contrast_weight: float = 0.1,
         transport_positions: int = 64,
@@ -149,11 +149,11 @@ class RDPP(DistillationMixin, AnomalibModule):
         return self.log_terms(self.loss(self.model(batch.image, noisy), share), batch.batch_size)
 
 
-def _weight_of(transport: str | None, transport_weight: float) -> float:
+def _weight_of(transport: str | None, transport_weight: float | None) -> float:
     """Read ``transport`` of configs and checkpoints of before."""
     if transport is None:
-        return transport_weight
-    weights = {"published": 0.0, "paper": transport_weight or 1.0}
+        return transport_weight or 0.0
+    weights = {"published": 0.0, "paper": 1.0 if transport_weight is None else transport_weight}
     check_choice("transport", transport, weights)
     rank_zero_warn(f"transport: {transport} has become transport_weight: {weights[transport]:g}.")
     return weights[transport]

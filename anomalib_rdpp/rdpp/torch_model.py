@@ -51,7 +51,7 @@ class RDPPModel(nn.Module):
         super().__init__()
         self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
         self.teacher = Teacher(backbone, pre_trained, teacher_weights)
-        self.is_projecting = projection is not False
+        self.is_projecting = bool(projection)
         self.projections = build_projections(self.teacher.channels, projection)
         self.student = build_student(self.teacher, student, width)
 
