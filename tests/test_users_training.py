@@ -1,6 +1,7 @@
 """Nothing trained is lost, whatever ends the training; what can be watched is never NaN."""
 
 import signal
+import warnings
 
 import pytest
 import torch
@@ -102,9 +103,12 @@ def test_checkpoints_that_a_user_selects_stay_as_they_are(fit, tmp_path):
 
 
 def test_aand_stopped_in_stage_one_says_so(fit):
-    model = build(AAND)
-    with pytest.warns(UserWarning, match="AAND WAS STOPPED IN STAGE ONE"):
-        fit(model, max_epochs=4, max_time={"milliseconds": 1}, limit_val_batches=0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            fit(build(AAND), max_epochs=4, limit_val_batches=0, callbacks=[Interrupt()])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert any("AAND WAS STOPPED IN STAGE ONE" in str(each.message) for each in said)
 
 
 def test_validation_without_normal_images_is_named_where_its_distance_is_watched(fit):
