@@ -246,8 +246,9 @@ class AAND(DistillationMixin, AnomalibModule):
         name, task = ("one", "amplifier") if is_amplifying else ("two", "student")
         at = f"the first epoch after {self.amplifier_end:.0%} of the time"
         if self.amplifier_epochs is not None:
-            is_timed = any(isinstance(callback, Timer) for callback in self.trainer.callbacks)
-            at = f"epoch {self.amplifier_epochs}" + (f" or {at}, whichever is sooner" if is_timed else "")
+            at = f"epoch {self.amplifier_epochs}" + (
+                f" or {at}, whichever is sooner" if _is_timed(self.trainer) else ""
+            )
         rank_zero_info(
             f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; stage two starts with {at}.",
         )
@@ -262,7 +263,7 @@ def count_epochs(trainer: Trainer) -> int | None:
     if trainer.max_steps == -1:
         if trainer.max_epochs != -1:
             return trainer.max_epochs
-        if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if _is_timed(trainer):
             return None
         msg = "AAND divides its training between two stages, but this one has no end; set max_epochs or max_time."
         raise ValueError(msg)
@@ -271,6 +272,11 @@ def count_epochs(trainer: Trainer) -> int | None:
     epochs = math.ceil(trainer.max_steps / max(steps, 1))
     limit = trainer.max_epochs
     return epochs if limit is None or limit == -1 else min(epochs, limit)
+
+
+def _is_timed(trainer: Trainer) -> bool:
+    """Whether ``max_time`` may end the training."""
+    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def split_epochs(epochs: int, share: float) -> int:

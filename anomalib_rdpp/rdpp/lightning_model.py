@@ -46,8 +46,8 @@ class RDPP(DistillationMixin, AnomalibModule):
         projection_lr: Learning rate of the projection; of the recipe by default, 0.001 or 0.0005.
         student_lr: Learning rate of bottleneck and decoder; of the recipe by default, 0.005 or 0.002.
         projection_weight: Weight of the projection loss beside the distillation loss.
-        transport_weight: Weight of the optimal transport term within the projection loss: 0 for none, the default, which
-            is what the official code's call comes to and the more accurate at length; 1 for the paper's term.
+        transport_weight: Weight of the optimal transport term within the projection loss: 0, the default, for none,
+            which is what the official code's call comes to and the more accurate at length; 1 for the paper's term.
         reconstruction_weight: Weight of the reconstruction term within the projection loss.
         contrast_weight: Weight of the contrast term within the projection loss.
         transport_positions: Random positions per scale that the transport term compares. Its cost grows with the
