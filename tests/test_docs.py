@@ -169,6 +169,8 @@ def test_command_runs_as_printed(command, trained, capsys):
     elif command.startswith("anomalib predict"):
         pictures = trained.folder.glob("results/RDPP/latest/images/**/*.png")
         assert {path.name for path in pictures} == {"0.png", "1.png", "2.png", "3.png"}
+        table = (trained.folder / "results/RDPP/latest/images/scores.csv").read_text().splitlines()
+        assert len(table) == 1 + 4
 
 
 def test_test_after_train_gives_the_same_figures(trained, capsys):
@@ -194,7 +196,7 @@ def test_int8_command_gives_a_model_for_any_size(desk, exported):
         assert 0 <= inferencer.predict(path).pred_score.item() <= 1
 
 
-def test_python_block_of_the_edge_page_runs_as_printed(desk, exported, monkeypatch):
+def test_python_of_the_edge_page_runs_as_printed(desk, exported, monkeypatch):
     monkeypatch.chdir(exported)
     shutil.copy(desk.folder / "part.png", ".")
     exec("\n".join(blocks("docs/edge.md", "python")), {})
