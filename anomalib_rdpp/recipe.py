@@ -24,10 +24,7 @@ RECIPES = ("paper", "fast")
 def build_optimizer(recipe: str, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
     """Build the optimiser of a recipe for groups of parameters with rates of their own.
 
-    Args:
-        recipe: One of ``RECIPES``.
-        groups: Each with ``params`` and ``lr``; those without parameters are left out.
-        fused: Faster on a CPU; on a GPU it rules out clipping under AMP.
+    Groups without parameters are left out. ``fused`` is faster on a CPU; on a GPU it rules out clipping under AMP.
     """
     groups = [{**group, "params": list(group["params"])} for group in groups]
     groups = [group for group in groups if group["params"]]

@@ -93,10 +93,7 @@ class RDPPModel(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """Four 3x3 convolutions C, C/2, C/4, C/2, C, each with instance norm and leaky ReLU, the last one too.
-
-    Args:
-        channels: C; widths that it doesn't divide to are rounded down.
+    """Four 3x3 convolutions C, C/2, C/4, C/2, C, rounded down, each with instance norm and leaky ReLU, the last too.
 
     Examples:
         >>> Projection(16)(torch.rand(2, 16, 8, 8)).shape
@@ -109,11 +106,7 @@ class Projection(nn.Sequential):
 
 
 class LightProjection(nn.Sequential):
-    """Convolutions 1x1, 3x3, 1x1 at a quarter of the channels, each with instance norm and leaky ReLU.
-
-    Args:
-        channels: C.
-    """
+    """Convolutions 1x1, 3x3, 1x1 at a quarter of the channels, each with instance norm and leaky ReLU."""
 
     def __init__(self, channels: int) -> None:
         quarter = max(channels // 4, 1)
