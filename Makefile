@@ -33,7 +33,7 @@ notebooks: .venv/notebooks
 # constraints.txt holds the versions that were tested together, so that a new release of a dependency breaks nobody.
 .venv/ready: pyproject.toml constraints.txt hatch_build.py $(wildcard startup/*)
 	$(PYTHON) -m venv .venv
-	$(INSTALL) '.[test]'
+	$(INSTALL) '.[test,edge]'
 	touch $@
 
 .venv/docs .venv/notebooks: .venv/%: .venv/ready
