@@ -21,7 +21,7 @@ def assert_gradients(tensors, expected):
         assert_close(tensor.grad, gradient)
 
 
-@pytest.mark.parametrize(("scale", "letter"), enumerate("abc"))
+@pytest.mark.parametrize(("scale", "letter"), list(enumerate("abc")))
 def test_projection_equals_the_published_one(golden, scale, letter):
     values = golden("rdpp_projection")
     projection = Projection(16 * 2**scale)
