@@ -35,10 +35,10 @@ from anomalib.models.image.reverse_distillation.components import get_bottleneck
 from anomalib.pipelines.benchmark.job import BenchmarkJob
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
+from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector, warning_cache
 from onnx import helper, numpy_helper
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -54,6 +54,7 @@ CASES = Path(__file__).with_name("cases")
 
 # Private names of others that the package uses, and the test here that says why.
 PRIVATE = {
+    "_data_source": "test_loaders_that_a_trainer_was_given_have_a_private_name",
     "_image_threshold": "test_threshold_of_the_post_processor_has_no_public_setter",
     "_pixel_threshold": "test_threshold_of_the_post_processor_has_no_public_setter",
     "_trainer": "test_module_without_trainer_can_only_be_told_by_a_private_name",
@@ -103,6 +104,13 @@ def test_module_without_trainer_can_only_be_told_by_a_private_name():
     with pytest.raises(RuntimeError, match="not attached"):
         LightningModule().trainer  # noqa: B018
     assert LightningModule()._trainer is None
+
+
+def test_loaders_that_a_trainer_was_given_have_a_private_name():
+    """Once they have a public one before the first batch, ``datasets`` of pixels.py asks for that."""
+    loop = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).fit_loop
+    assert loop._data_source.instance is None
+    assert not hasattr(loop, "data_source")
 
 
 # -- anomalib: registration
@@ -187,6 +195,7 @@ def test_grey_png_of_16_bits_is_read_as_white():
     assert read_image(CASES / "grey8.png", as_tensor=True).mean() < 0.9
 
 
+@pytest.mark.filterwarnings("ignore:The 'future.infer_string' option is deprecated")  # by pandas 3
 def test_mvtec_3d_with_the_strings_of_pandas_3_has_images_without_mask_path(tmp_path):
     """Once they have one, pandas needs no upper bound in pyproject.toml."""
     for folder in ("train/good/rgb/0.png", "train/good/xyz/0.tiff", "test/hole/rgb/0.png", "test/hole/gt/0.png"):
@@ -341,6 +350,7 @@ def test_fused_optimizer_rules_out_clipping_under_mixed_precision():
 
 def test_hook_of_a_module_beside_a_datamodule_is_warned_of(model, tiny_data):
     """Once it is not, ``setup`` in base.py need not silence it."""
+    warning_cache.clear()  # each is given once
     with pytest.warns(UserWarning, match="overridden `on_before_batch_transfer`"):
         _DataHookSelector(model, tiny_data).get_instance("on_before_batch_transfer")
 
