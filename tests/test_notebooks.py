@@ -10,7 +10,7 @@ import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-PENDING = {"02_compactness_and_suppression", "04_checkpoint_to_int8"}
+PENDING = {"02_compactness_and_suppression"}
 
 
 def test_there_are_four_notebooks():
