@@ -18,8 +18,6 @@ from lightning.pytorch.callbacks import Timer
 from torch.nn import functional
 from torch.optim import Adam, AdamW, Optimizer
 
-RECIPES = ("paper", "fast")
-
 
 def build_optimizer(recipe: str, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
     """Build the optimiser of a recipe for groups of parameters with rates of their own.

@@ -156,7 +156,8 @@ def test_transport_of_a_single_image_is_zero():
 
 
 def test_transport_is_left_out_by_default():
-    assert RDPP(**TINY).loss.weights["transport_weight"] == 0
+    model = RDPP(**TINY)
+    assert model.hparams.transport_weight == model.loss.weights["transport_weight"] == 0
     sames = RDPPFeatures(*[features(seed=i) for i in range(5)])
     terms = RDPPLoss()(sames)
     assert "transport" not in terms

@@ -115,9 +115,10 @@ class RDPP(DistillationMixin, AnomalibModule):
         )
         check_choice("recipe", recipe, LEARNING_RATES)
         self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
+        self.hparams["transport_weight"] = _weight_of(transport, transport_weight)
         self.loss = RDPPLoss(
             projection_weight,
-            _weight_of(transport, transport_weight),
+            self.hparams["transport_weight"],
             reconstruction_weight,
             contrast_weight,
             transport_positions,
