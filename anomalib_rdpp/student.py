@@ -26,6 +26,8 @@ from anomalib_rdpp.teacher import STRIDE, Teacher, check_choice
 
 PAPER = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")  # teachers that the papers' student mirrors
 STUDENTS = ("auto", "paper", "light")
+BOTTLENECKS = ("mff+oce", "oce", "none")
+SCALES = (1, 2, 3)
 
 
 class Student(nn.Module):
@@ -33,6 +35,8 @@ class Student(nn.Module):
 
     Args:
         architecture: timm name of the teacher, without tag.
+        bottleneck: Its parts, as of ``build_student``.
+        scales: The scales that are given back, as of ``build_student``.
 
     Examples:
         >>> student = Student("resnet18")
@@ -41,17 +45,29 @@ class Student(nn.Module):
         [(2, 64, 16, 16), (2, 128, 8, 8), (2, 256, 4, 4)]
     """
 
-    def __init__(self, architecture: str) -> None:
+    def __init__(self, architecture: str, bottleneck: str = "mff+oce", scales: Sequence[int] = SCALES) -> None:
         super().__init__()
         width = 128 if "wide" in architecture else 64  # anomalib builds a wide ResNet's neck at half unless it is told
-        self.bottleneck: nn.Module = get_bottleneck_layer(architecture, width_per_group=width)
-        self.decoder: nn.Module = get_decoder(architecture)
+        neck = get_bottleneck_layer(architecture, width_per_group=width)
         # Parts of the published neck that no pass uses; frozen, so that DDP waits for no gradient of theirs.
-        self.bottleneck.conv4.requires_grad_(requires_grad=False)
-        self.bottleneck.bn4.requires_grad_(requires_grad=False)
+        neck.conv4.requires_grad_(requires_grad=False)
+        neck.bn4.requires_grad_(requires_grad=False)
+        first, coarsest = neck.bn_layer[0], neck.bn2.num_features
+        if bottleneck == "oce":
+            first.conv1, first.downsample[0] = (_narrow(conv, coarsest) for conv in (first.conv1, first.downsample[0]))
+            neck = Coarsest(neck.bn_layer)
+        elif bottleneck == "none":
+            neck = Coarsest(_shortcut(coarsest, neck.bn4.num_features))
+        self.bottleneck: nn.Module = neck
+        self.decoder: nn.Module = get_decoder(architecture)
+        self.scales = tuple(scales)
+
+    def compared(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Choose those of the three scales that the student gives back."""
+        return [features[scale - 1] for scale in self.scales]
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse; same shapes.
+        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse; the shapes of its scales.
 
         Raises:
             ValueError: In training, if a batch of one 32 x 32 image leaves BatchNorm no second value.
@@ -62,8 +78,16 @@ class Student(nn.Module):
                 "larger images, or a batch size that leaves no last batch of one image."
             )
             raise ValueError(msg)
-        reconstructed: list[torch.Tensor] = self.decoder(self.bottleneck(features))
-        return reconstructed
+        return self.compared(self.decoder(self.bottleneck(features)))
+
+
+class Coarsest(nn.Sequential):
+    """A bottleneck without fusion: it sees the coarsest scale alone."""
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """Embed the last of ``(B, C, H, W)`` per scale, at half its height and width."""
+        embedding: torch.Tensor = super().forward(features[-1])
+        return embedding
 
 
 class LightStudent(Student):
@@ -72,6 +96,8 @@ class LightStudent(Student):
     Args:
         channels: Channels of the teacher at the three scales, fine to coarse.
         width: Channels inside, relative to the teacher's.
+        bottleneck: Its parts, as of ``build_student``.
+        scales: The scales that are given back, as of ``build_student``.
 
     Examples:
         >>> student = LightStudent([24, 40, 112], width=0.5)
@@ -80,11 +106,23 @@ class LightStudent(Student):
         [(2, 24, 16, 16), (2, 40, 8, 8), (2, 112, 4, 4)]
     """
 
-    def __init__(self, channels: Sequence[int], width: float = 1.0) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        width: float = 1.0,
+        bottleneck: str = "mff+oce",
+        scales: Sequence[int] = SCALES,
+    ) -> None:
         nn.Module.__init__(self)
         widths = [max(8, round(width * count / 8) * 8) for count in channels]  # whole vectors of an edge CPU
-        self.bottleneck = nn.Sequential(Fuse(channels, widths), Embedding(widths[-1]))
+        if bottleneck == "mff+oce":
+            self.bottleneck = nn.Sequential(Fuse(channels, widths), Embedding(widths[-1]))
+        elif bottleneck == "oce":
+            self.bottleneck = Coarsest(ConvNormAct(channels[-1], widths[-1], 1), Embedding(widths[-1]))
+        else:
+            self.bottleneck = Coarsest(_shortcut(channels[-1], 2 * widths[-1]))
         self.decoder = Decoder(widths, channels)
+        self.scales = tuple(scales)
 
 
 class Fuse(nn.Module):
@@ -112,7 +150,7 @@ class Embedding(BasicBlock):
     """A strided residual block to 1/32, twice as wide (RD's OCE, any width)."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, 2 * width, 2, ConvNormAct(width, 2 * width, 1, stride=2, apply_act=False))
+        super().__init__(width, 2 * width, 2, _shortcut(width, 2 * width))
 
 
 class Decoder(nn.Module):
@@ -143,7 +181,25 @@ class Decoder(nn.Module):
         return reconstructed
 
 
-def build_student(teacher: Teacher, student: str = "auto", width: float = 1.0) -> Student:
+def _shortcut(width_in: int, width_out: int) -> nn.Module:
+    """Build the strided 1x1 convolution with BatchNorm of a residual stage, all that is left of it without OCE."""
+    return ConvNormAct(width_in, width_out, 1, stride=2, apply_act=False)
+
+
+def _narrow(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """Build the same convolution for fewer inputs, initialised as anomalib does."""
+    narrow = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    nn.init.kaiming_normal_(narrow.weight, mode="fan_out", nonlinearity="relu")
+    return narrow
+
+
+def build_student(
+    teacher: Teacher,
+    student: str = "auto",
+    width: float = 1.0,
+    bottleneck: str = "mff+oce",
+    scales: Sequence[int] = SCALES,
+) -> Student:
     """Build the student of a teacher.
 
     Args:
@@ -151,11 +207,19 @@ def build_student(teacher: Teacher, student: str = "auto", width: float = 1.0) -
         student: ``paper`` for the papers' ResNet parts, ``light`` for the generic ones, ``auto`` for the papers' where
             the teacher is one of their four ResNets and the light one for all others.
         width: Channels inside the light student, relative to the teacher's.
+        bottleneck: ``mff+oce`` for RD's fusion of the scales and its residual stage, ``oce`` for that stage on the
+            coarsest scale alone, ``none`` for no more than the stage's strided 1x1 convolution.
+        scales: Which of the scales 1 to 3, fine to coarse, the student gives back and the map compares.
 
     Raises:
-        ValueError: If there is no such student, the teacher has none in the papers, or the width is not positive.
+        ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or the
+            width is not positive.
     """
     check_choice("student", student, STUDENTS)
+    check_choice("bottleneck", bottleneck, BOTTLENECKS)
+    if not scales or sorted(set(scales)) != list(scales) or not set(scales) <= set(SCALES):
+        msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."
+        raise ValueError(msg)
     if not 0 < width < float("inf"):
         msg = f"width must be above 0, got {width}: it is the light student's channels relative to the teacher's."
         raise ValueError(msg)
@@ -164,8 +228,8 @@ def build_student(teacher: Teacher, student: str = "auto", width: float = 1.0) -
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."
         raise ValueError(msg)
     if student == "light" or not has_paper:
-        return LightStudent(teacher.channels, width)
+        return LightStudent(teacher.channels, width, bottleneck, scales)
     if width != 1:
         msg = f"width {width} is an option of the light student; the papers' has width 1: take student='light'."
         raise ValueError(msg)
-    return Student(teacher.architecture)
+    return Student(teacher.architecture, bottleneck, scales)

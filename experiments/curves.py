@@ -2,8 +2,8 @@
 
 python -m experiments.curves experiments/configs/curves.yaml --output results/curves.csv --pictures results
 
-The time of the tests isn't counted. A fit whose last epoch is in the CSV is not run again; one that was cut short or
-failed starts anew.
+The time of the tests isn't counted. The weights at the end of each fit stay in `curves` beside the CSV. A fit whose
+last epoch is in the CSV is not run again; one that was cut short or failed starts anew.
 """
 
 import logging
@@ -15,23 +15,27 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from anomalib.callbacks import ModelCheckpoint
+from anomalib.data import Batch
 from anomalib.engine import Engine
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import instantiate_class
+from torchmetrics.functional import auroc
 from tqdm import tqdm
 
 from anomalib_rdpp.benchmark.build import METRICS, build_datamodule, build_model, in_row
 from anomalib_rdpp.benchmark.cli import run
-from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, runs_of
+from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, run_folder, runs_of
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
 
 logger = logging.getLogger(__name__)
 
 KEY = ("data", "model", "seed", "epoch", "image_size", "batch_size")
-NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance")
-COLUMNS = (*KEY, *NUMBERS[1:], "commit", "error")
+TOPS = {"AUROC_top_permille": 0.001, "AUROC_top_percent": 0.01, "AUROC_sum": 1.0}  # shares of the map's pixels
+NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance", *TOPS)
+COLUMNS = (*KEY, *NUMBERS[1:], "commit", "error")  # image_AUROC is that of the model's own score, other scores beside
 SHOWN = ("image_AUROC", "pixel_AUPRO")
 curves_results = partial(Results, "experiments.curves", COLUMNS, KEY, NUMBERS)
 
@@ -68,7 +72,10 @@ def run_curves(grid: Path, output: Path = Path("results/curves.csv"), pictures: 
 
 
 class Curve(Callback):
-    """Note the CPU minutes of training and the metrics of each test, which is anomalib's validation."""
+    """Note the CPU minutes of training and the metrics of each test, which is anomalib's validation.
+
+    Beside the AUROC of the model's own score stands that of the mean of the map's highest pixels, and of its sum.
+    """
 
     def __init__(self, results: Results, row: dict[str, Any]) -> None:
         self.results, self.row = results, row
@@ -89,6 +96,16 @@ class Curve(Callback):
         """Stop the clock."""
         del trainer, pl_module
         self.seconds += time.process_time() - self.start
+        self.scores: list[torch.Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: object
+    ) -> None:
+        """Score the maps in other ways than the model does."""
+        del trainer, pl_module, args
+        pixels = outputs.anomaly_map.flatten(1).double()
+        tops = [pixels.topk(max(1, round(share * pixels.shape[1])))[0].mean(1) for share in TOPS.values()]
+        self.scores.append(torch.stack([*tops, outputs.gt_label], dim=1))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a row, go on with the clock."""
@@ -97,6 +114,9 @@ class Curve(Callback):
         row = {"epoch": trainer.current_epoch + 1, "steps": trainer.global_step} | in_row(
             known, images, self.row["data"]
         )
+        *tops, labels = torch.cat(self.scores).T
+        for name, scores in zip(TOPS, tops, strict=True):
+            row[name] = round(float(auroc(scores / (1 + scores), labels.long(), "binary")), 4)
         if "val_distance" in known:
             row["val_distance"] = round(float(known["val_distance"]), 4)
         self.results.append({**self.row, "fit_minutes": round(self.seconds / 60, 3), **row})
@@ -128,6 +148,7 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -
         **options,
     )
     engine.fit(build_model(grid, model), datamodule=datamodule)
+    engine.trainer.save_checkpoint(run_folder(grid, data, model, seed, folder / "curves") / "last.ckpt", True)
 
 
 def _rows_of(results: Results) -> pd.DataFrame:
@@ -173,6 +194,8 @@ def draw_curves(rows: pd.DataFrame, pictures: Path) -> list[Path]:
         shown = own[own["model"].isin(seeds.index[seeds >= seeds.iloc[0]])]
         figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 5), layout="constrained")
         for axis, metric in zip(axes, SHOWN, strict=True):
+            if shown[metric].isna().all():  # no masks
+                continue
             for i, ((model, _), runs) in enumerate(shown.groupby(["model", "batch_size"], sort=False)):
                 colour = plt.get_cmap("tab10")(i % 10)
                 for _, each in runs.groupby("seed"):

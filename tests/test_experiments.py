@@ -8,6 +8,7 @@ import openvino as ov
 import pytest
 import yaml
 from openvino import opset13 as ops
+from PIL import Image
 
 from anomalib_rdpp import RDPP
 from anomalib_rdpp.benchmark.accuracy import accuracy_results, run_accuracy
@@ -15,7 +16,7 @@ from anomalib_rdpp.benchmark.grid import read_grid
 from anomalib_rdpp.benchmark.latency import latency_results
 from anomalib_rdpp.benchmark.precision import precision_results
 from anomalib_rdpp.benchmark.report import read_accuracy
-from experiments import analyses, chart, curves, int8_recipes, papers
+from experiments import analyses, chart, curves, int8_recipes, oneclass, papers
 from experiments.anomalies import draw_anomalies
 from experiments.profile import layer_table
 from experiments.steps import run_steps, steps_results
@@ -66,6 +67,33 @@ def test_curves_have_a_row_per_test_and_a_bar_and_are_drawn(grid, tmp_path, caps
     assert len([row for row in curves.curves_results(output).rows() if not row["error"]]) == 4, "not run again"
     assert any(line.startswith("| tiny | averaged | 1 | 2 |") for line in cells(table))
     assert picture.name == "curves_tiny.png"
+    assert all(0 <= float(row[name]) <= 1 for row in rows if not row["error"] for name in curves.TOPS)
+    assert list((tmp_path / "curves").rglob("ours/*/last.ckpt")), "the weights stay"
+
+
+def test_one_class_data_and_table(tmp_path, monkeypatch):
+    class Images(list):
+        classes = ("T-shirt/top", "1 - one")
+
+        def __init__(self, *_, **__):
+            super().__init__((Image.new("L", (28, 28)), label) for label in (0, 1, 1))
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", Images)
+    assert oneclass.write_folders("FashionMNIST", tmp_path / "images") == [
+        f"Images of 2 classes in '{tmp_path}/images'."
+    ]
+    found = [str(path.relative_to(tmp_path / "images")) for path in sorted(tmp_path.rglob("*.png"))]
+    assert found[:3] == ["test/1/00001.png", "test/1/00002.png", "test/T-shirt-top/00000.png"]
+    with pytest.raises(FileExistsError, match="exists already"):
+        oneclass.write_folders("FashionMNIST", tmp_path / "images")
+    row = dict.fromkeys(curves.COLUMNS, "") | {"model": "RD", "seed": 0, "epoch": 1, "steps": 100, "fit_minutes": 1}
+    results = curves.curves_results(tmp_path / "rows.csv")
+    for name, value in (("cifar10/cat", 0.8), ("cifar10/dog", 0.9)):
+        results.append({**row, "data": name, "image_AUROC": value, "AUROC_sum": value + 0.05})
+    assert cells(oneclass.class_table(tmp_path / "rows.csv"))[2:] == [
+        "| RD | 0 | 100 | maximum | 80.0 | 90.0 | 85.00 | 1.0 |",
+        "| RD | 0 | 100 | sum | 85.0 | 95.0 | 90.00 | 1.0 |",
+    ]
 
 
 def test_stored_rows_of_experiments_are_read():

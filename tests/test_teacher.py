@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny import build, engine
 from torchvision.io import decode_image
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
-from anomalib_rdpp.student import LightStudent, Student, build_student
+from anomalib_rdpp.student import BOTTLENECKS, LightStudent, Student, build_student
 from anomalib_rdpp.teacher import Teacher
 
 TINY = {"backbone": "resnet18", "pre_trained": False}
@@ -51,6 +52,39 @@ def test_paper_teachers_have_the_papers_student_unless_told():
     assert sizes[1] < sizes[0] / 5
 
 
+@pytest.mark.parametrize("kind", ["paper", "light"])
+def test_ablations_leave_out_parts_and_scales(kind):
+    teacher = Teacher("resnet18", pre_trained=False)
+    features = teacher(torch.rand(2, 3, 64, 64))
+    sizes = []
+    for bottleneck in BOTTLENECKS:
+        student = build_student(teacher, kind, bottleneck=bottleneck, scales=[2, 3])
+        assert [f.shape for f in student(features)] == [f.shape for f in features[1:]]
+        sizes.append(sum(p.numel() for p in student.parameters() if p.requires_grad))
+        assert student.compared(features)[0] is features[1]
+    assert sizes == sorted(sizes, reverse=True)
+    unfused = build_student(teacher, kind, bottleneck="oce").eval()
+    finer = [torch.rand_like(feature) for feature in features[:2]]
+    torch.testing.assert_close(unfused([*finer, features[2]]), unfused(features))
+
+
+def test_ablations_train_reload_and_refuse_each_other(tmp_path, make_tiny_data):
+    options = {"bottleneck": "oce", "scales": (1, 3)}
+    model = build("RDPP", **options)
+    run = engine(tmp_path, max_epochs=1)
+    run.fit(model, datamodule=make_tiny_data())
+    path = tmp_path / "ablated.ckpt"
+    run.trainer.save_checkpoint(path, weights_only=True)
+    images = torch.rand(2, 3, 64, 64)
+    expected = model.eval()(images)
+    torch.testing.assert_close(RDPP.load_from_checkpoint(path).eval()(images).anomaly_map, expected.anomaly_map)
+    checkpoint = torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match=r"with bottleneck 'oce', this model has 'mff\+oce'"):
+        build("RDPP").on_load_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"with scales '\[1, 3\]', this model has '\[1, 2, 3\]'"):
+        build("RDPP", bottleneck="oce").on_load_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "test_efficientnet"])
 def test_stages_that_nobody_reads_are_left_out(backbone):
     part = sum(p.numel() for p in Teacher(backbone, pre_trained=False).parameters())
@@ -80,6 +114,20 @@ def test_teacher_normalises_as_its_network_was_trained():
 def test_bad_teacher_or_student_is_named(model_class, arguments, message):
     with pytest.raises(ValueError, match=message):
         model_class(**{**TINY, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bottleneck": "mff"}, r"bottleneck must be one of mff\+oce, oce, none, got 'mff'"),
+        ({"scales": []}, r"scales must be some of \[1, 2, 3\], each once, fine to coarse; got \[\]"),
+        ({"scales": [3, 1]}, r"got \[3, 1\]"),
+        ({"scales": [0, 1]}, r"got \[0, 1\]"),
+    ],
+)
+def test_bad_ablation_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RDPP(**TINY, **arguments)
 
 
 def test_missing_teacher_without_a_network_is_three_lines_within_ten_seconds(tmp_path):

@@ -22,9 +22,11 @@ def draw(path, mode="RGB"):
     Image.fromarray(np.random.default_rng(len(str(path))).integers(0, 255, shape, dtype=np.uint8)).save(path)
 
 
-def lay_out(root, layout):
-    """Write four normal images to train on, two to test on, two defects and their masks."""
-    images = [("train/good", 4), ("test/good", 2), ("test/defect", 2)]
+def lay_out(root, layout, folders):
+    """Write four normal images to train on, two to test on, two defects of each kind and their masks."""
+    normal, good, defects = (folders.get(f"{part}_dir") for part in ("normal", "normal_test", "abnormal"))
+    defects = defects if isinstance(defects, list) else [defects or "test/defect"]
+    images = [(normal or "train/good", 4), (good or "test/good", 2), *((defect, 2) for defect in defects)]
     for folder, number in [*images, ("validation/good", 2)] if layout == "MVTec3D" else images:
         for name in map(str, range(number)):
             if layout == "MVTec3D":
@@ -46,10 +48,11 @@ def lay_out(root, layout):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_trains_a_step_and_stores_it(config, tmp_path):
     content = yaml.safe_load(config.read_text())
-    layout = content.get("data", {}).get("class_path", "").rpartition(".")[2]
+    chosen = content.get("data", {})
+    layout = chosen.get("class_path", "").rpartition(".")[2]
     if layout == "MVTec3D" and int(pd.__version__.split(".")[0]) > 2:
         pytest.skip("anomalib 2.7 can't read MVTec 3D-AD with pandas 3")
-    lay_out(tmp_path, layout)
+    lay_out(tmp_path, layout, chosen.get("init_args", {}))
     data = {"root": tmp_path, "num_workers": 0}
     changes = {"data": "anomalib.data.Folder"} if not layout else {}
     if not layout:

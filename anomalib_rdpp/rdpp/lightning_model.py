@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_rdpp.base import DistillationMixin
 from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
+from anomalib_rdpp.student import SCALES
 from anomalib_rdpp.synthesis.noise import SimplexNoise
 from anomalib_rdpp.teacher import check_choice
 
@@ -58,6 +59,9 @@ class RDPP(DistillationMixin, AnomalibModule):
         score: An image's score: "max" for the maximum of its map, "top" for the mean of the map's highest pixels, "sum"
             for the sum of all.
         score_fraction: Share of the map's pixels that score="top" averages.
+        bottleneck: "mff+oce" for the paper's; "oce" without the fusion of scales, "none" without its residual stage
+            too, for ablations.
+        scales: Which of the scales 1 to 3, fine to coarse, the student gives back and the map compares, for ablations.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
         post_processor: Post-processor, True for anomalib's, or False.
         evaluator: Evaluator, True for anomalib's metrics, or False.
@@ -75,7 +79,9 @@ class RDPP(DistillationMixin, AnomalibModule):
         'RDPP'
     """
 
-    structure = frozenset({"backbone", "student", "width", "projection", "score", "score_fraction"})
+    structure = frozenset(
+        {"backbone", "student", "width", "projection", "score", "score_fraction", "bottleneck", "scales"}
+    )
     model: RDPPModel
     loss: RDPPLoss
 
@@ -100,6 +106,8 @@ class RDPP(DistillationMixin, AnomalibModule):
         noise_patch_max: int = 31,
         score: str = "max",
         score_fraction: float = 0.01,
+        bottleneck: str = "mff+oce",
+        scales: Sequence[int] = SCALES,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -115,6 +123,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         )
         check_choice("recipe", recipe, LEARNING_RATES)
         self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
+        self.hparams["scales"] = list(scales)
         self.hparams["transport_weight"] = _weight_of(transport, transport_weight)
         self.loss = RDPPLoss(
             projection_weight,
@@ -124,7 +133,16 @@ class RDPP(DistillationMixin, AnomalibModule):
             transport_positions,
         )
         self.model = RDPPModel(
-            backbone, pre_trained, teacher_weights, student, width, projection, score, score_fraction
+            backbone,
+            pre_trained,
+            teacher_weights,
+            student,
+            width,
+            projection,
+            score,
+            score_fraction,
+            bottleneck,
+            scales,
         )
         rates = zip((projection_lr, student_lr), LEARNING_RATES[recipe], strict=True)
         self.learning_rates = [default if rate is None else rate for rate, default in rates]

@@ -12,14 +12,14 @@ from anomalib.data import InferenceBatch
 from torch import nn
 
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
-from anomalib_rdpp.student import build_student
+from anomalib_rdpp.student import SCALES, build_student
 from anomalib_rdpp.teacher import Teacher, check_choice, check_images
 
 
 class RDPPFeatures(NamedTuple):
     """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse; noisy ones may be none."""
 
-    teacher: list[torch.Tensor]
+    teacher: list[torch.Tensor]  # at the student's scales
     noisy_teacher: list[torch.Tensor]
     projected: list[torch.Tensor]
     noisy_projected: list[torch.Tensor]
@@ -47,13 +47,15 @@ class RDPPModel(nn.Module):
         projection: bool | str = True,
         score: str = "max",
         score_fraction: float = 0.01,
+        bottleneck: str = "mff+oce",
+        scales: Sequence[int] = SCALES,
     ) -> None:
         super().__init__()
         self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
         self.teacher = Teacher(backbone, pre_trained, teacher_weights)
         self.is_projecting = bool(projection)
         self.projections = build_projections(self.teacher.channels, projection)
-        self.student = build_student(self.teacher, student, width)
+        self.student = build_student(self.teacher, student, width, bottleneck, scales)
 
     def forward(
         self,
@@ -81,10 +83,10 @@ class RDPPModel(nn.Module):
 
         teacher = self.teacher(images)
         projected = self.project(teacher)
-        student = self.student(projected)
+        student, compared = self.student(projected), self.student.compared(teacher)
         if self.training:
-            return RDPPFeatures(teacher, noisy_teacher, projected, noisy_projected, student)
-        prediction: InferenceBatch = self.anomaly_map_generator(teacher, student, images.shape[-2:])
+            return RDPPFeatures(compared, noisy_teacher, projected, noisy_projected, student)
+        prediction: InferenceBatch = self.anomaly_map_generator(compared, student, images.shape[-2:])
         return prediction
 
     def project(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
