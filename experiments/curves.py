@@ -29,12 +29,15 @@ from anomalib_rdpp.benchmark.build import METRICS, build_datamodule, build_model
 from anomalib_rdpp.benchmark.cli import run
 from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, run_folder, runs_of
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
+from anomalib_rdpp.synthesis.blending import TextureAnomalies
+from anomalib_rdpp.synthesis.noise import SimplexNoise
 
 logger = logging.getLogger(__name__)
 
 KEY = ("data", "model", "seed", "epoch", "image_size", "batch_size")
 TOPS = {"AUROC_top_permille": 0.001, "AUROC_top_percent": 0.01, "AUROC_sum": 1.0}  # shares of the map's pixels
-NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance", *TOPS)
+SYNTHETIC = {"AUROC_texture": TextureAnomalies(probability=1), "AUROC_noise": SimplexNoise()}  # on normal test images
+NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance", *TOPS, *SYNTHETIC)
 COLUMNS = (*KEY, *NUMBERS[1:], "commit", "error")  # image_AUROC is that of the model's own score, other scores beside
 SHOWN = ("image_AUROC", "pixel_AUPRO")
 curves_results = partial(Results, "experiments.curves", COLUMNS, KEY, NUMBERS)
@@ -74,7 +77,8 @@ def run_curves(grid: Path, output: Path = Path("results/curves.csv"), pictures: 
 class Curve(Callback):
     """Note the CPU minutes of training and the metrics of each test, which is anomalib's validation.
 
-    Beside the AUROC of the model's own score stands that of the mean of the map's highest pixels, and of its sum.
+    Beside the AUROC of the model's own score stands that of the mean of the map's highest pixels, and of its sum; and
+    how well the score tells normal test images from themselves with made-up anomalies, which needs no defects.
     """
 
     def __init__(self, results: Results, row: dict[str, Any]) -> None:
@@ -97,12 +101,22 @@ class Curve(Callback):
         del trainer, pl_module
         self.seconds += time.process_time() - self.start
         self.scores: list[torch.Tensor] = []
+        self.made_up: dict[str, list[torch.Tensor]] = {name: [] for name in SYNTHETIC}
 
+    @torch.no_grad()
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: object
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, batch: Batch, batch_idx: int, *args: object
     ) -> None:
-        """Score the maps in other ways than the model does."""
-        del trainer, pl_module, args
+        """Score the maps in other ways than the model does, and normal images with the same anomalies each time."""
+        del trainer, batch, args
+        is_normal = ~outputs.gt_label.bool()
+        for name, anomalies in SYNTHETIC.items() if is_normal.any() else ():
+            with torch.random.fork_rng():
+                torch.manual_seed(batch_idx)
+                made = anomalies(outputs.image[is_normal])
+            images = made[0] if isinstance(made, tuple) else made
+            pairs = [outputs.pred_score[is_normal], pl_module.model(images).pred_score]
+            self.made_up[name] += [torch.stack([each, torch.full_like(each, i)], 1) for i, each in enumerate(pairs)]
         pixels = outputs.anomaly_map.flatten(1).double()
         tops = [pixels.topk(max(1, round(share * pixels.shape[1])))[0].mean(1) for share in TOPS.values()]
         self.scores.append(torch.stack([*tops, outputs.gt_label], dim=1))
@@ -115,8 +129,10 @@ class Curve(Callback):
             known, images, self.row["data"]
         )
         *tops, labels = torch.cat(self.scores).T
-        for name, scores in zip(TOPS, tops, strict=True):
-            row[name] = round(float(auroc(scores / (1 + scores), labels.long(), "binary")), 4)
+        found = {name: (scores, labels) for name, scores in zip(TOPS, tops, strict=True)}
+        found |= {name: torch.cat(pairs).double().T for name, pairs in self.made_up.items() if pairs}
+        for name, (scores, truth) in found.items():
+            row[name] = round(float(auroc(scores / (1 + scores), truth.long(), "binary")), 4)
         if "val_distance" in known:
             row["val_distance"] = round(float(known["val_distance"]), 4)
         self.results.append({**self.row, "fit_minutes": round(self.seconds / 60, 3), **row})
