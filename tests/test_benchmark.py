@@ -84,6 +84,7 @@ def test_failed_model_is_told_and_the_rest_complete(grid):
     assert ours["error"] == ""
     assert 0 <= float(ours["image_AUROC"]) <= 1
     assert int(ours["peak_memory_mib"]) > 0
+    assert float(ours["fit_cpu_minutes"]) >= 0
     assert (ours["train_images"], ours["test_images"], ours["steps"]) == ("2", "8", "1")
     assert (ours["protocol"], ours["image_size"], ours["input_size"]) == ("last", "64", "64")
     table = cells(accuracy_table(read_accuracy(output)))

@@ -12,6 +12,7 @@ from .results import markdown
 
 SETTINGS = ["epochs", "batch_size"]  # runs that differ in these are not averaged
 SAID = dict(zip(PROTOCOLS, ("last epoch, tested once", "**best epoch on the test images**"), strict=True))
+TIMES = {"fit s": ("fit_seconds", ".0f"), "CPU min": ("fit_cpu_minutes", ".1f")}
 FASTEST = "RD++"  # what the last column of the latency table compares with, in INT8
 FACTS = {"first result ms": "first_result_ms", "memory MiB": "peak_mib", "file MiB": "file_mib"}
 
@@ -49,7 +50,7 @@ def accuracy_table(rows: pd.DataFrame) -> str:
             line = {"data": data, "px": size + _seen(good), "model": model, "seeds": f"{len(good)}{failed}"}
             line |= {name: _written(good[name].median(), ".0f") for name in ("epochs", "steps")}
             line |= {name.replace("_", " "): mean_and_spread(good[name]) for name in METRICS if own[name].notna().any()}
-            lines.append(line | {"fit s": _written(good["fit_seconds"].median(), ".0f")})
+            lines.append(line | {head: _written(good[name].median(), how) for head, (name, how) in TIMES.items()})
         tables.append(f"{caption(own)}\n\n{markdown(lines)}")
     return "\n\n".join(tables)
 
