@@ -10,21 +10,21 @@ positions from Guo et al., Dinomaly, CVPR 2025, section 3.4.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
-from torch.nn import functional
+from torch.nn import Module, functional
 from torch.optim import Adam, AdamW, Optimizer
 
 
-def build_optimizer(recipe: str, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
-    """Build the optimiser of a recipe for groups of parameters with rates of their own.
+def build_optimizer(recipe: str, parts: Sequence[Module], rates: Sequence[float], fused: bool) -> Optimizer:
+    """Build the optimiser of a recipe for parts of a network with rates of their own.
 
-    Groups without parameters are left out. ``fused`` is faster on a CPU; on a GPU it rules out clipping under AMP.
+    Parts without parameters are left out. ``fused`` is faster on a CPU; on a GPU it rules out clipping under AMP.
     """
-    groups = [{**group, "params": list(group["params"])} for group in groups]
+    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in zip(parts, rates, strict=True)]
     groups = [group for group in groups if group["params"]]
     if recipe == "paper":
         return Adam(groups, betas=(0.5, 0.999), fused=fused)  # of all three papers' official code

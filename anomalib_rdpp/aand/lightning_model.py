@@ -4,7 +4,7 @@ Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,7 @@ class AAND(DistillationMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
         layers: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
         if not 0 < amplifier_share < 1:
             msg = (
                 f"amplifier_share must be between 0 and 1, got {amplifier_share}: both stages need epochs; "
@@ -157,21 +152,17 @@ class AAND(DistillationMixin, AnomalibModule):
         if self.resumed_amplifier_epochs not in (None, self.amplifier_epochs):
             rank_zero_warn(
                 f"Stage two of the resumed run starts with epoch {self.resumed_amplifier_epochs}, of this one with "
-                f"epoch {self.amplifier_epochs}: stages are shares of max_epochs, so resume with the same max_epochs.",
+                f"epoch {self.amplifier_epochs}: stages are shares of max_epochs, so resume with the same max_epochs."
             )
-        parts = (self.model.amplifiers, self.model.student)
-        groups = [
-            {"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.learning_rates, strict=True)
+        parts, fused = (self.model.amplifiers, self.model.student), self.device.type == "cpu"
+        optimizer = build_optimizer(self.hparams["recipe"], parts, self.learning_rates, fused)
+        is_fast = self.hparams["recipe"] == "fast"
+        factor, interval = (cosine_factor, "step") if is_fast else (learning_rate_factor, "epoch")
+        factors = [
+            lambda _: factor(self._progress_of(0.0, self.amplifier_end)),
+            lambda _: factor(self._progress_of(self.amplifier_end, 1.0)),
         ]
-        optimizer = build_optimizer(self.hparams["recipe"], groups, fused=self.device.type == "cpu")
-        factor = learning_rate_factor if self.hparams["recipe"] == "paper" else cosine_factor
-        stages = (0.0, self.amplifier_end), (self.amplifier_end, 1.0)
-
-        def factor_of(first: float, last: float) -> Callable[[int], float]:
-            return lambda _: factor(self._progress_of(first, last))
-
-        schedule = LambdaLR(optimizer, [factor_of(*stage) for stage in stages])
-        interval = "epoch" if self.hparams["recipe"] == "paper" else "step"
+        schedule = LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
 
     def on_train_start(self) -> None:
@@ -183,9 +174,8 @@ class AAND(DistillationMixin, AnomalibModule):
         if self.model.is_amplifying != self._is_stage_one():
             self._start_stage()
 
-    def training_step(self, batch: ImageBatch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *_: object, **__: object) -> STEP_OUTPUT:
         """Compute the loss of the stage from a batch of normal images; every term is logged by name."""
-        del args, kwargs
         if self.model.is_amplifying:
             images, mask, foreground = self.anomalies(batch.image, batch.image_path)
             terms = self.loss(self.model(images, mask), mask, foreground)
@@ -212,7 +202,7 @@ class AAND(DistillationMixin, AnomalibModule):
         if was_amplifying and not is_resuming:
             rank_zero_warn(
                 "This checkpoint was saved in stage one: its student is untrained, and its map compares raw and "
-                "amplified teacher. Resume its training, with the same max_epochs.",
+                "amplified teacher. Resume its training, with the same max_epochs."
             )
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401  as anomalib's
@@ -249,9 +239,7 @@ class AAND(DistillationMixin, AnomalibModule):
             at = f"epoch {self.amplifier_epochs}" + (
                 f" or {at}, whichever is sooner" if _is_timed(self.trainer) else ""
             )
-        rank_zero_info(
-            f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; stage two starts with {at}.",
-        )
+        rank_zero_info(f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; stage two starts with {at}.")
 
 
 def count_epochs(trainer: Trainer) -> int | None:

@@ -115,12 +115,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         layers: Sequence[str] | None = None,
         transport: str | None = None,
     ) -> None:
-        super().__init__(
-            pre_processor=pre_processor,
-            post_processor=post_processor,
-            evaluator=evaluator,
-            visualizer=visualizer,
-        )
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
         check_choice("recipe", recipe, LEARNING_RATES)
         self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
         self.hparams["scales"] = list(scales)
@@ -149,19 +144,15 @@ class RDPP(DistillationMixin, AnomalibModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give projection and student their learning rates; the official code's two Adams are one with two groups."""
-        parts = (self.model.projections, self.model.student)
-        groups = [
-            {"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.learning_rates, strict=True)
-        ]
-        optimizer = build_optimizer(self.hparams["recipe"], groups, fused=self.device.type == "cpu")
+        parts, fused = (self.model.projections, self.model.student), self.device.type == "cpu"
+        optimizer = build_optimizer(self.hparams["recipe"], parts, self.learning_rates, fused)
         if self.hparams["recipe"] == "paper":
             return optimizer
         schedule = LambdaLR(optimizer, lambda _: cosine_factor(training_progress(self.trainer)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def training_step(self, batch: ImageBatch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def training_step(self, batch: ImageBatch, *_: object, **__: object) -> STEP_OUTPUT:
         """Compute the loss of a batch of normal images; every term is logged by name."""
-        del args, kwargs
         noisy = self.noise(batch.image) if self.model.is_projecting else None
         is_fast = self.hparams["recipe"] == "fast"
         share = easy_share(training_progress(self.trainer)) if is_fast else 0.0
