@@ -7,6 +7,7 @@ training images; INT8_ACQ is anomalib's.
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,11 +55,7 @@ class SafeExportMixin(Module):
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Path:
-        """Export as anomalib does, whole or not at all.
-
-        Raises:
-            ModuleNotFoundError: If a package that this needs is not installed.
-        """
+        """Export as anomalib does, whole or not at all; ``ModuleNotFoundError`` names the packages that are missing."""
         _require("onnx", "onnxscript")
         kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to anomalib's 14, and go on
         import onnx  # noqa: PLC0415  optional
@@ -116,6 +113,7 @@ class SafeExportMixin(Module):
         """What a user of an exported model has to know, thresholds and ranges of the raw scores among it."""
         post = self.post_processor
         buffers = {} if post is None else dict(post.named_buffers(recurse=False))
+        values = {name.lstrip("_"): value.item() for name, value in buffers.items() if value.numel() == 1}
         projects = self.hparams.get("projection")
         return {
             "model": self.name,
@@ -126,16 +124,12 @@ class SafeExportMixin(Module):
             "inside": "resize, normalisation of the input, anomaly map, post-processing: add none of these",
             "scores": "0.5 is the threshold" if getattr(post, "enable_normalization", False) else "raw",
             "resize": str(getattr(self.pre_processor, "transform", None)),
-            **{
-                name.lstrip("_"): value.item()
-                for name, value in buffers.items()
-                if value.numel() == 1 and value.isfinite()
-            },
+            **{name: value for name, value in values.items() if math.isfinite(value)},
         }
 
 
 def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> "Model":  # noqa: ANN401
-    """Quantise to INT8 all but the anomaly map, calibrated on training images as they are, without augmentation.
+    """Quantise to INT8 all but resize and anomaly map, calibrated on training images as they are, without augmentation.
 
     Args:
         model: OpenVINO model whose input is ``(B, 3, H, W)`` in [0, 1].
@@ -170,16 +164,7 @@ class _Pixels:
 
 
 def quantize_all_but_map(model: "Model", images: "nncf.Dataset", **options: Any) -> "Model":  # noqa: ANN401
-    """Quantise to INT8 all between the resize and the anomaly map.
-
-    Args:
-        model: OpenVINO model.
-        images: To calibrate on.
-        options: To be passed to ``nncf.quantize``, instead of what is chosen here.
-
-    Returns:
-        The quantised model; the one given stays as it is.
-    """
+    """Quantise as ``quantize`` does, calibrated on other images; options take the place of what is chosen here."""
     import nncf  # noqa: PLC0415
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
 
@@ -199,15 +184,9 @@ def quantize_all_but_map(model: "Model", images: "nncf.Dataset", **options: Any)
 def make_upsampling_pointwise(model: "Model") -> "Model":
     """Turn transposed convolutions whose patches don't overlap into 1 x 1 convolutions and a rearrangement of pixels.
 
-    The numbers stay the same. OpenVINO runs a wide transposed convolution in float on a CPU without AVX-512, also in an
-    INT8 model; a 1 x 1 convolution runs in 8 bits everywhere. Biases and ReLUs stay before the rearrangement, where
-    they are fused.
-
-    Args:
-        model: OpenVINO model; it is changed.
-
-    Returns:
-        The same model.
+    The numbers stay the same; changes the model and returns it. OpenVINO runs a wide transposed convolution in float on
+    a CPU without AVX-512, also in an INT8 model; a 1 x 1 convolution runs in 8 bits everywhere. Biases and ReLUs stay
+    before the rearrangement, where they are fused.
     """
     import numpy as np  # noqa: PLC0415
     from openvino import opset13 as ops  # noqa: PLC0415  optional, as NNCF
