@@ -34,7 +34,6 @@ class TextureAnomalies(nn.Module):
         foreground: ``none`` takes every pixel for foreground; ``estimate`` what stands out from the image's border.
         foreground_dir: Folder of masks instead, each with the stem of its image's file name and the size of its file.
         probability: Share of the images that get an anomaly.
-        opacity: Least and greatest opacity of the texture.
 
     Raises:
         ValueError: If an argument is not admissible.
@@ -52,7 +51,6 @@ class TextureAnomalies(nn.Module):
         foreground_dir: str | None = None,
         # The paper's "half of the images", anomalib's default too; the official code is said to take 80 %.
         probability: float = 0.5,
-        opacity: tuple[float, float] = (0.2, 1.0),  # 1 - beta, beta uniform in [0, 0.8]
     ) -> None:
         super().__init__()
         check_choice("foreground", foreground, FOREGROUNDS)
@@ -70,15 +68,9 @@ class TextureAnomalies(nn.Module):
         self.foreground = foreground
         self.foreground_dir = foreground_dir
         self.probability = probability
-        self.opacity = opacity
 
     def check_folders(self) -> None:
-        """Look for the folders before training; a trained model needs them no more.
-
-        Raises:
-            FileNotFoundError: If a folder doesn't exist.
-            ValueError: If there are no textures.
-        """
+        """Look for the folders before training: ``FileNotFoundError`` without one, ``ValueError`` without textures."""
         for name in ("texture_dir", "foreground_dir"):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
@@ -89,9 +81,7 @@ class TextureAnomalies(nn.Module):
             raise ValueError(msg)
 
     def forward(
-        self,
-        images: torch.Tensor,
-        image_paths: Sequence[str] | None = None,
+        self, images: torch.Tensor, image_paths: Sequence[str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Blend anomalies into a batch.
 
@@ -121,17 +111,15 @@ class TextureAnomalies(nn.Module):
             texture, shape = self._draw_anomaly(image)
             inside = shape.bool() & foreground
             if inside.any():
-                low, high = self.opacity
-                opacity = low + (high - low) * float(torch.rand(()))
+                opacity = 0.2 + 0.8 * float(torch.rand(()))  # the paper's 1 - beta, beta uniform in [0, 0.8]
                 blended = opacity * texture + (1 - opacity) * image
                 return torch.where(inside, blended.clamp(0, 1), image).to(image)
         return image
 
     def _draw_anomaly(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Texture ``(3, H, W)`` and shape ``(1, H, W)``."""
-        paths, path = self.generator.anomaly_source_paths, None
-        if self.texture_dir is not None:
-            path = paths[int(torch.randint(len(paths), ()))]
+        paths = self.generator.anomaly_source_paths
+        path = None if self.texture_dir is None else paths[int(torch.randint(len(paths), ()))]
         try:
             anomaly = self.generator.generate_perturbation(*image.shape[1:], image.device, path)
         except RuntimeError as error:
@@ -179,11 +167,7 @@ def estimate_foreground(images: torch.Tensor, sigma: float = 1 / 32) -> torch.Te
 
 
 def find_mask(folder: Path, image_path: Path) -> torch.Tensor:
-    """Read the mask of an image: boolean ``(H, W)``, set where the file isn't black.
-
-    Raises:
-        ValueError: If there is none, it can't be read, or it has not the size of the image's file.
-    """
+    """Read an image's mask: boolean ``(H, W)``, set where the file isn't black; ``ValueError`` if that can't be."""
     found = sorted(
         path for path in folder.glob(f"{escape(image_path.stem)}.*") if path.suffix.lower() in IMG_EXTENSIONS
     )

@@ -27,9 +27,6 @@ class SimplexNoise(nn.Module):
         strength: Factor on the noise, in units of the pixel range [0, 1]. The sum is not clipped.
         patch_min: Shortest side of the rectangle in pixels.
         patch_max: Longest side in pixels, included; never more than the image's.
-        octaves: Number of fields that are summed, each of twice the frequency of the one before.
-        persistence: Amplitude of each octave relative to the one before.
-        period: Pixels per unit of the first octave.
 
     Raises:
         ValueError: If the sides are not positive and in order.
@@ -40,15 +37,7 @@ class SimplexNoise(nn.Module):
         True
     """
 
-    def __init__(
-        self,
-        strength: float = 0.2,
-        patch_min: int = 10,
-        patch_max: int = 31,
-        octaves: int = 6,
-        persistence: float = 0.6,
-        period: int = 32,
-    ) -> None:
+    def __init__(self, strength: float = 0.2, patch_min: int = 10, patch_max: int = 31) -> None:
         super().__init__()
         if not 0 < patch_min <= patch_max:
             msg = f"Noise patches need sides 0 < patch_min <= patch_max, got {patch_min} and {patch_max}."
@@ -56,9 +45,6 @@ class SimplexNoise(nn.Module):
         self.strength = strength
         self.patch_min = patch_min
         self.patch_max = patch_max
-        self.octaves = octaves
-        self.persistence = persistence
-        self.period = period
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return noisy copies of ``(B, 3, H, W)`` images in [0, 1]."""
@@ -70,24 +56,14 @@ class SimplexNoise(nn.Module):
         patch_height = _draw(min(self.patch_min, height), min(self.patch_max, height))
         patch_width = _draw(min(self.patch_min, width), min(self.patch_max, width))
         top, left = _draw(0, height - patch_height), _draw(0, width - patch_width)
-        noise = simplex_noise(
-            (channels, patch_height, patch_width),
-            _draw(0, 2**31 - 1),
-            self.octaves,
-            self.persistence,
-            self.period,
-        )
+        noise = simplex_noise((channels, patch_height, patch_width), _draw(0, 2**31 - 1))
         field = torch.zeros(channels, height, width)
         field[:, top : top + patch_height, left : left + patch_width] = torch.from_numpy(noise)
         return field
 
 
 def simplex_noise(
-    shape: tuple[int, int, int],
-    seed: int,
-    octaves: int = 6,
-    persistence: float = 0.6,
-    period: int = 32,
+    shape: tuple[int, int, int], seed: int, octaves: int = 6, persistence: float = 0.6, period: int = 32
 ) -> np.ndarray:
     """Make a 3-D fractal of simplex noise.
 
