@@ -72,59 +72,42 @@ class DistillationMixin(SafeExportMixin):
         predictions = self.model(images.clamp(0, 1))  # a bicubic resize overshoots
         return self.post_processor(predictions) if self.post_processor else predictions
 
-    def validation_step(self, batch: Batch, *args: object, **kwargs: object) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch, *_: object, **__: object) -> STEP_OUTPUT:
         """Add map and score to the batch."""
-        del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
     def on_validation_epoch_start(self) -> None:
         """Start to sum up the maps of normal images."""
         self.normal_sum = torch.zeros(2, device=self.device)
 
-    def on_validation_batch_end(self, outputs: Batch, *args: object, **kwargs: object) -> None:
+    def on_validation_batch_end(self, outputs: Batch, *_: object, **__: object) -> None:
         """Add mean maps and number of the batch's normal images."""
-        del args, kwargs
         if outputs.gt_label is not None:
             normal = outputs.anomaly_map[~outputs.gt_label.bool()]
             self.normal_sum += torch.stack([normal.flatten(1).mean(1).sum(), normal.new_tensor(len(normal))])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean map of normal images, which a stopping rule can watch without defects.
-
-        Raises:
-            ValueError: If there was no normal image, and a callback watches that mean.
-        """
+        """Log the mean map of normal images for stopping rules; ``ValueError`` if one watches it and there are none."""
         total, count = self.trainer.strategy.reduce(self.normal_sum, reduce_op="sum")
         if count:
             self.log("val_distance", total / count, sync_dist=True)
-        elif not self.trainer.sanity_checking:
-            watching = [each for each in self.trainer.callbacks if getattr(each, "monitor", None) == "val_distance"]
-            if watching:
-                msg = (
-                    f"{type(watching[0]).__name__} watches val_distance, the mean map of normal images, but the images "
-                    "validated hold none: raise limit_val_batches, or choose another val_split_mode."
-                )
-                raise ValueError(msg)
+        watching = [each for each in self.trainer.callbacks if getattr(each, "monitor", None) == "val_distance"]
+        if watching and not count and not self.trainer.sanity_checking:
+            msg = (
+                f"{type(watching[0]).__name__} watches val_distance, the mean map of normal images, but the images "
+                "validated hold none: raise limit_val_batches, or choose another val_split_mode."
+            )
+            raise ValueError(msg)
 
     def log_terms(self, terms: dict[str, torch.Tensor], batch_size: int) -> torch.Tensor:
         """Log each term of the loss by its name; give back their sum, ``loss``."""
         for name, term in terms.items():
-            self.log(
-                f"train_{name}",
-                term.detach(),
-                on_step=False,
-                on_epoch=True,
-                prog_bar=name == "loss",
-                batch_size=batch_size,
-            )
+            options = {"on_step": False, "on_epoch": True, "prog_bar": name == "loss", "batch_size": batch_size}
+            self.log(f"train_{name}", term.detach(), **options)
         return terms["loss"]
 
     def setup(self, stage: str) -> None:
-        """Refuse what would normalise pixels, or move them away from their foreground masks; read all files right.
-
-        Raises:
-            ValueError: If pre-processor, augmentations or a file are not admissible.
-        """
+        """Read all files right; refuse, by ``ValueError``, what normalises pixels or moves them off their masks."""
         super().setup(stage)
         # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want, and that
         # the teacher doesn't train.
@@ -142,11 +125,7 @@ class DistillationMixin(SafeExportMixin):
                 refuse_moving(transform, where)
 
     def on_fit_start(self) -> None:
-        """Give each process its own noise: ``seed_everything`` seeds all alike.
-
-        Raises:
-            ValueError: If a callback is ``StochasticWeightAveraging``.
-        """
+        """Refuse ``StochasticWeightAveraging``; give each process its own noise: seed_everything seeds all alike."""
         super().on_fit_start()
         if any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks):
             msg = (
@@ -157,13 +136,8 @@ class DistillationMixin(SafeExportMixin):
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Refuse images whose pixels are far outside of [0, 1] while they are still on the CPU.
-
-        Raises:
-            ValueError: If a pixel is NaN, infinite or out of range; names the files.
-        """
-        del dataloader_idx
+    def on_before_batch_transfer(self, batch: Batch, *_: object) -> Batch:
+        """Refuse, by ``ValueError``, files with pixels far outside of [0, 1], while they are still on the CPU."""
         image = getattr(batch, "image", None)
         if image is None or image.device.type != "cpu":
             return batch
@@ -178,20 +152,15 @@ class DistillationMixin(SafeExportMixin):
             raise ValueError(msg)
         return batch
 
-    def on_train_batch_start(self, batch: Batch, *args: object) -> None:
+    def on_train_batch_start(self, batch: Batch, *_: object) -> None:
         """Bring back into [0, 1] what a bicubic resize and its like overshoot."""
-        del args
         if getattr(batch, "image", None) is not None:
             batch.image = batch.image.clamp(0, 1)
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another network before torch lists all its tensors.
-
-        Raises:
-            ValueError: If the checkpoint's network differs in its parts or in an argument of ``structure``.
-        """
+        """Refuse, by ``ValueError``, another network's checkpoint before torch lists all its tensors."""
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
         for name in sorted(self.structure & stored.keys() & self.hparams.keys()):

@@ -58,8 +58,7 @@ def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.n
 def read_right(dataset: Dataset) -> None:
     """Let a dataset of anomalib read by ``read_image`` if it has a file that anomalib's reader would flatten.
 
-    Raises:
-        ValueError: If a file can't be read right; names it.
+    A file that neither reads right is refused by ``ValueError``, which names it.
     """
     paths = dataset.samples["image_path"] if hasattr(dataset, "samples") else getattr(dataset, "image_filenames", ())
     files = filter(anomalib_image.is_image_file, paths)  # others are videos
@@ -105,11 +104,7 @@ def transforms_in(root: object) -> Iterator[object]:
 
 
 def refuse_normalize(transform: object, where: str) -> None:
-    """Refuse a transform that normalises, by name wherever it hides, or by what becomes of black and white images.
-
-    Raises:
-        ValueError: If it does.
-    """
+    """Refuse by ``ValueError`` what normalises, by its name or by what black and white images become."""
     names = (getattr(each, "__name__", type(each).__name__) for each in transforms_in(transform))
     is_normalizing = any(name.lower() == "normalize" for name in names)
     for level in () if transform is None or is_normalizing else (0.0, 1.0):
@@ -126,11 +121,7 @@ def refuse_normalize(transform: object, where: str) -> None:
 
 
 def refuse_moving(transform: object, where: str) -> None:
-    """Refuse a transform that may move pixels otherwise than by a resize, which masks read from files can't follow.
-
-    Raises:
-        ValueError: If it may.
-    """
+    """Refuse by ``ValueError`` what may move pixels otherwise than by a resize, which masks of files can't follow."""
     still = ("_color", "_container", "_misc", "_type_conversion", "_utils")
     for each in transforms_in(transform):
         name, place = type(each).__name__, type(each).__module__
@@ -145,11 +136,7 @@ def refuse_moving(transform: object, where: str) -> None:
 
 @cache
 def pixel_kind(path: str | Path) -> str:
-    """What a file's header tells of its pixels.
-
-    Raises:
-        ValueError: If they can't be read, or what they mean isn't known; names the file.
-    """
+    """What a file's header tells of its pixels; if that isn't known, a ``ValueError`` names the file."""
     try:
         with Image.open(path) as image:
             if image.format in {"TIFF", "WEBP"} and image.n_frames > 1:
@@ -175,9 +162,7 @@ def _refusal(path: str | Path, reason: str) -> ValueError:
 @cache
 def _reading_right(base: type[Dataset]) -> type[Dataset]:
     """Make the class that differs from a dataset's in its reader alone."""
-    modules = [
-        sys.modules[each.__module__] for each in base.__mro__ if hasattr(sys.modules[each.__module__], "read_image")
-    ]
+    modules = [module for each in base.__mro__ if hasattr(module := sys.modules[each.__module__], "read_image")]
 
     def get_item(self: Dataset, index: int) -> object:
         with ExitStack() as stack:
