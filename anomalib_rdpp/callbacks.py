@@ -20,27 +20,18 @@ class LastState(Callback):
     """
 
     def __init__(self) -> None:
-        self.is_validated = True
-        self.is_stored = True
+        self.is_validated = self.is_stored = True
 
-    def on_train_batch_start(self, *args: object) -> None:
+    def on_train_batch_start(self, *_: object) -> None:
         """Note that the state changes."""
-        del args
         self.is_validated = self.is_stored = False
 
-    def on_validation_start(self, *args: object) -> None:
-        """Note that thresholds change."""
-        del args
-        self.is_stored = False
+    def on_validation_end(self, *_: object) -> None:
+        """Note that thresholds are those of the state, and not stored: those who store come later."""
+        self.is_validated, self.is_stored = True, False
 
-    def on_validation_end(self, *args: object) -> None:
-        """Note that thresholds are those of the state."""
-        del args
-        self.is_validated = True
-
-    def on_save_checkpoint(self, *args: object) -> None:
+    def on_save_checkpoint(self, *_: object) -> None:
         """Note that the state is stored."""
-        del args
         self.is_stored = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
