@@ -49,12 +49,7 @@ class NormalThreshold(PostProcessor):
         self.quantile = config.get(QUANTILE, self.quantile)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Batch,
-        *args: object,
-        **kwargs: object,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Batch, *args: object, **kwargs: object
     ) -> None:
         """Collect the scores of normal images."""
         del trainer, pl_module, args, kwargs
@@ -63,9 +58,8 @@ class NormalThreshold(PostProcessor):
             self.normal_scores.update(outputs.pred_score[normal])
             self.normal_maxima.update(outputs.anomaly_map[normal].flatten(1).amax(dim=1))
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, *_: object) -> None:
         """Set thresholds and ranges."""
-        del pl_module
         image = (self.normal_scores, self._image_threshold, self.image_min, self.image_max)
         pixel = (self.normal_maxima, self._pixel_threshold, self.pixel_min, self.pixel_max)
         for metric, threshold, least, most in (image, pixel):

@@ -17,9 +17,8 @@ from anomalib_rdpp.pixels import EIGHT_BITS, pixel_kind
 class ScoreVisualizer(ImageVisualizer):
     """anomalib's pictures with score and label in the corner, and ``scores.csv``: path, score, label, threshold."""
 
-    def on_test_start(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_test_start(self, trainer: Trainer, *_: object) -> None:
         """Start the table."""
-        del pl_module
         self.output_dir = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         if trainer.is_global_zero:
             self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -28,20 +27,13 @@ class ScoreVisualizer(ImageVisualizer):
     on_predict_start = on_test_start
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: AnomalibModule,
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: AnomalibModule, outputs: ImageBatch, *_: object, **__: object
     ) -> None:
         """Save a picture of each image, and its row."""
-        del outputs, batch_idx, dataloader_idx
         place = [getattr(trainer.datamodule, name, None) for name in ("name", "category")]
         threshold = float(getattr(pl_module.post_processor, "normalized_image_threshold", "nan"))
         rows = []
-        for item in batch:
+        for item in outputs:
             path, score, label = item.image_path or "", float(item.pred_score), item.pred_label
             row = [path, f"{score:.4f}", "" if label is None else int(label), f"{threshold:g}"]
             if path and pixel_kind(path) != EIGHT_BITS:
@@ -56,7 +48,6 @@ class ScoreVisualizer(ImageVisualizer):
         with (self.output_dir / "scores.csv").open("a", newline="", encoding="utf-8") as table:
             csv.writer(table).writerows(rows)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: AnomalibModule) -> None:
+    def on_predict_end(self, *_: object) -> None:
         """Say where the table is."""
-        del trainer, pl_module
         rank_zero_info(f"Scores and labels are in {self.output_dir / 'scores.csv'}, beside the pictures.")
