@@ -24,13 +24,12 @@ def register() -> None:
             f'misbehave, install "anomalib>={ANOMALIB_VERSION},<2.8".',
             stacklevel=2,
         )
-    for name in anomalib_rdpp.MODELS:
-        setattr(models_of_anomalib, name, getattr(anomalib_rdpp, name))
-        if name not in models_of_anomalib.__all__:
-            models_of_anomalib.__all__.append(name)
     if "anomalib_rdpp" in models_of_anomalib.ALLOWED_MODULES:
         return
     models_of_anomalib.ALLOWED_MODULES.add("anomalib_rdpp")
+    models_of_anomalib.__all__.extend(anomalib_rdpp.MODELS)
+    for name in anomalib_rdpp.MODELS:
+        setattr(models_of_anomalib, name, getattr(anomalib_rdpp, name))
     get_model = models_of_anomalib.get_model
 
     @wraps(get_model)
