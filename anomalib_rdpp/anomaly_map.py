@@ -52,10 +52,7 @@ class AnomalyMapGenerator(nn.Module):
         self.score_fraction = score_fraction
 
     def forward(
-        self,
-        teacher: list[torch.Tensor],
-        student: list[torch.Tensor],
-        image_size: tuple[int, int],
+        self, teacher: list[torch.Tensor], student: list[torch.Tensor], image_size: tuple[int, int]
     ) -> InferenceBatch:
         """Compute map and score.
 

@@ -39,9 +39,7 @@ class Amplifier(nn.Module):
         self.fixed_scale = fixed_scale
 
     def forward(
-        self,
-        feature: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        self, feature: torch.Tensor, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Amplify where the gate, or in its place the mask, is open.
 
@@ -101,9 +99,8 @@ def position_encoding(channels: int, height: int, width: int, base: float = 1000
         np.stack([function(np.outer(frequencies, np.arange(side))) for function in (np.sin, np.cos)], axis=1)
         for side in (width, height)
     )  # (half / 2, 2, side), so that sine and cosine alternate
-    along_width = np.broadcast_to(columns.reshape(half, 1, width), (half, height, width))
-    along_height = np.broadcast_to(rows.reshape(half, height, 1), (half, height, width))
-    return np.concatenate([along_width, along_height])[:channels].astype(np.float32)
+    along_width_and_height = np.broadcast_arrays(columns.reshape(half, 1, width), rows.reshape(half, height, 1))
+    return np.concatenate(along_width_and_height)[:channels].astype(np.float32)
 
 
 def _attribute_mlp(channels: int, widest: int = 1024) -> nn.Sequential:

@@ -30,12 +30,7 @@ class AANDLoss(nn.Module):
         ['distillation', 'hard', 'loss']
     """
 
-    def __init__(
-        self,
-        amplification_weight: float = 0.1,
-        hard_weight: float = 1.0,
-        hard_positions: int = 10,
-    ) -> None:
+    def __init__(self, amplification_weight: float = 0.1, hard_weight: float = 1.0, hard_positions: int = 10) -> None:
         super().__init__()
         for name, weight in (("amplification_weight", amplification_weight), ("hard_weight", hard_weight)):
             if not 0 <= weight < float("inf"):
