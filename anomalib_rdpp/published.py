@@ -12,11 +12,10 @@ Source: files of the official code of RD (Deng & Li, CVPR 2022) and RD++ (Tien e
 
 import argparse
 import logging
-import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,12 +25,9 @@ from torch import nn
 from anomalib_rdpp.rdpp.lightning_model import RDPP
 from anomalib_rdpp.rdpp.torch_model import RDPPModel
 from anomalib_rdpp.student import PAPER
-from anomalib_rdpp.teacher import architecture
+from anomalib_rdpp.teacher import architecture, read_tensors
 
-SCALES = "abc"  # how the official code names its projections, fine to coarse
 PARTS = ({"bn", "decoder"}, {"bn", "decoder", "proj"})  # of RD, of RD++
-
-Weights = dict[str, dict[str, torch.Tensor]]
 
 
 def load_published(
@@ -40,11 +36,11 @@ def load_published(
     pre_trained: bool = True,
     teacher_weights: str | None = None,
 ) -> RDPP:
-    """Load a file of RD++'s or RD's official code.
+    """Load a file of RD++'s or RD's official code; the model is in training mode, as if newly built.
 
-    The file has no thresholds. Until ``Engine.validate`` has found them on your data, scores and maps are the raw ones,
-    from 0 to 6, and anomalib's post-processor compares them with 0.5: labels, masks and F1 mean nothing yet, while
-    AUROC and AUPRO need no threshold. ``anomalib validate`` keeps nothing; in Python, what follows has thresholds::
+    The file has no thresholds: until ``Engine.validate`` has found them on your data, scores and maps are the raw ones,
+    from 0 to 6, compared with 0.5: labels, masks and F1 mean nothing; AUROC and AUPRO need none. ``anomalib validate``
+    keeps nothing; in Python, what follows has thresholds::
 
         engine.validate(model, datamodule=data)
         engine.export(model, "openvino")
@@ -57,9 +53,6 @@ def load_published(
         pre_trained: Whether the teacher takes ImageNet weights, from timm's cache or by download.
         teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
 
-    Returns:
-        The model, in training mode as if newly built: call ``eval()`` before you call it by hand.
-
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it can't be loaded safely, is damaged, is of other code or of another backbone.
@@ -71,15 +64,15 @@ def load_published(
         >>> model = load_published(path, "resnet18", pre_trained=False).eval()
     """
     weights = read_published(path, backbone)  # before the teacher, which may have to be fetched
+    projection = any(name.startswith("proj.") for name in weights)
     if pre_trained and teacher_weights is None and "." not in backbone:
         backbone = f"{backbone}.tv_in1k"
-    model = RDPP(backbone, pre_trained=pre_trained, teacher_weights=teacher_weights, projection="proj" in weights)
-    for part, network in _parts(model.model).items():
-        network.load_state_dict(weights[part])
+    model = RDPP(backbone, pre_trained=pre_trained, teacher_weights=teacher_weights, projection=projection)
+    _parts(model.model).load_state_dict(weights)
     return model
 
 
-def to_published(model: RDPP) -> Weights:
+def to_published(model: RDPP) -> dict[str, dict[str, torch.Tensor]]:
     """Give copies of a model's weights in the published layout: no teacher, no thresholds, no hyper-parameters.
 
     Args:
@@ -97,16 +90,15 @@ def to_published(model: RDPP) -> Weights:
     }
 
 
-def read_published(path: str | Path, backbone: str) -> Weights:
-    """Read a published file and check every name, shape and number; errors as of ``load_published``.
+def read_published(path: str | Path, backbone: str) -> dict[str, torch.Tensor]:
+    """Read exactly the tensors of the layout, every name, shape and number checked; errors as of ``load_published``.
 
-    Returns exactly the tensors of the layout. ``memory`` entries, left over in some files, are dropped; counters of
-    BatchNorm batches, absent from some, are 0; ``module.`` before each name, of DataParallel, is stripped.
+    Leftovers named ``memory`` are dropped, missing counters of batches are 0, DataParallel's ``module.`` is stripped.
     """
-    stored = _read(path)
-    if set(stored) not in PARTS or not all(isinstance(values, dict) for values in stored.values()):
+    parts = read_tensors(path)
+    if set(parts) not in PARTS or not all(isinstance(values, dict) for values in parts.values()):
         msg = (
-            f"'{path}' holds {_listed(stored)}; expected the state dicts bn and decoder (RD), or bn, decoder and proj "
+            f"'{path}' holds {_listed(parts)}; expected the state dicts bn and decoder (RD), or bn, decoder and proj "
             "(RD++). Give a file that the official code wrote; a checkpoint of anomalib needs no conversion."
         )
         raise ValueError(msg)
@@ -115,35 +107,32 @@ def read_published(path: str | Path, backbone: str) -> Weights:
         raise ValueError(msg)
     stored = {
         f"{part}.{str(name).removeprefix('module.')}": value
-        for part, values in stored.items()
+        for part, values in parts.items()
         for name, value in values.items()
+        if "memory" not in str(name)
     }
-    is_projecting = any(name.startswith("proj.") for name in stored)
-    expected = _expected(architecture(backbone), is_projecting)
-    if wrong := _differences(stored, expected):
-        fitting = [name for name in PAPER if not _differences(stored, _expected(name, is_projecting))]
+    layout = _layout(architecture(backbone), "proj" in parts)
+    if wrong := _differences(stored, layout):
+        fitting = [name for name in PAPER if not _differences(stored, _layout(name, "proj" in parts))]
         advice = f"It fits {fitting[0]}: name that backbone." if fitting else "No other backbone fits it either."
         msg = (
             f"'{path}' doesn't fit backbone '{backbone}': {len(wrong)} entries are missing, unknown or of another "
             f"shape ({_listed(wrong)}). {advice}"
         )
         raise ValueError(msg)
-    if broken := [name for name in expected if name in stored and not torch.isfinite(stored[name]).all()]:
+    weights = {name: stored.get(name, torch.tensor(0)) for name in layout}
+    if broken := [name for name, value in weights.items() if not value.isfinite().all()]:
         msg = (
             f"'{path}' holds NaN or infinite numbers in {len(broken)} entries ({_listed(broken)}): its training "
             "diverged or the file is damaged. Take an earlier file, or fetch it again."
         )
         raise ValueError(msg)
-    weights: Weights = {}
-    for name, shape in expected.items():
-        part, _, key = name.partition(".")
-        weights.setdefault(part, {})[key] = stored.get(name, torch.zeros(shape, dtype=torch.long))
     return weights
 
 
 def load_checkpoint(path: str | Path) -> RDPP:
     """Load an anomalib checkpoint of ``RDPP``; what is wrong with another file is a ``ValueError``."""
-    stored = _read(path)
+    stored = read_tensors(path)
     if "state_dict" not in stored or "pytorch-lightning_version" not in stored:
         msg = (
             f"'{path}' is no anomalib checkpoint: it holds {_listed(stored)}. Give one that anomalib's training wrote."
@@ -167,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and convert; what is wrong with it or with the file is one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m anomalib_rdpp.published",
+        argument_default=argparse.SUPPRESS,
         description="Turn published weights of RD or RD++ into an anomalib checkpoint, or back.",
         epilog="The written checkpoint has no thresholds: see help(anomalib_rdpp.load_published).",
     )
@@ -175,95 +165,64 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to-published", action="store_true", help="go back, to the layout of the official code")
     parser.add_argument("--backbone", help="teacher of the file, by its timm name (default: wide_resnet50_2.tv_in1k)")
     parser.add_argument("--teacher-weights", help="file with the teacher's state dict, instead of a download")
-    parser.add_argument("--no-pre-trained", action="store_true", help="leave the teacher random: for trials")
+    parser.add_argument(
+        "--no-pre-trained", dest="pre_trained", action="store_false", help="leave the teacher random: for trials"
+    )
     parser.add_argument("--force", action="store_true", help="write over OUT if it exists")
-    options = parser.parse_args(arguments)
-    teacher = {"backbone": options.backbone, "teacher_weights": options.teacher_weights}
-    teacher = {name: value for name, value in teacher.items() if value}
-    if options.to_published and (teacher or options.no_pre_trained):
+    options = vars(parser.parse_args(arguments))  # what is left in it at last is for load_published
+    path, out = options.pop("checkpoint"), options.pop("out")
+    back, force = options.pop("to_published", False), options.pop("force", False)
+    if back and options:
         parser.error("--to-published takes backbone and teacher from the checkpoint: leave those options out")
-    if options.out.exists() and not options.force:
-        parser.error(f"'{options.out}' exists: choose another name, or write over it with --force")
+    if out.exists() and not force:
+        parser.error(f"'{out}' exists: choose another name, or write over it with --force")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    part = options.out.with_name(f".{options.out.name}.{os.getpid()}.part")  # nobody ever sees half a file
     try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        if options.to_published:
-            model = load_checkpoint(options.checkpoint)
-            torch.save(to_published(model), part)
-        else:
-            model = load_published(options.checkpoint, pre_trained=not options.no_pre_trained, **teacher)
-            save_checkpoint(model, part)
-        part.replace(options.out)
+        model = load_checkpoint(path) if back else load_published(path, **options)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=".part-") as folder:  # nobody ever sees half a file
+            part = Path(folder, out.name)
+            if back:
+                torch.save(to_published(model), part)
+            else:
+                save_checkpoint(model, part)
+            part.replace(out)
     except (OSError, RuntimeError, ValueError) as error:
         parser.error(" ".join(str(error).split()))
-    finally:
-        part.unlink(missing_ok=True)
     projects, backbone = model.hparams.projection, model.hparams.backbone
-    sys.stdout.write(f"Wrote {options.out}: {'RD++' if projects else 'RD'} with backbone {backbone}.\n")
-    if not options.to_published:
+    sys.stdout.write(f"Wrote {out}: {'RD++' if projects else 'RD'} with backbone {backbone}.\n")
+    if not back:
         sys.stdout.write(
             f"To export it:\n  anomalib export --model RDPP --model.backbone {backbone} --model.pre_trained false"
-            f"{'' if projects else ' --model.projection false'} --export_type openvino --ckpt_path {options.out}\n"
+            f"{'' if projects else ' --model.projection false'} --export_type openvino --ckpt_path {out}\n"
             "The published file has no thresholds: scores are raw (0 to 6), labels and masks mean nothing until "
-            "Engine.validate has run on your data. AUROC and AUPRO need none.\n",
+            "Engine.validate has run on your data. AUROC and AUPRO need none.\n"
         )
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    """Load a file of plain tensors in dicts; never anything that could run code."""
-    if not Path(path).is_file():
-        msg = f"No file at '{path}': give the path of a checkpoint."
-        raise FileNotFoundError(msg)
-    try:
-        stored = torch.load(path, "cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
-        # What a foreign file makes torch raise has no end, and its text advises to load unsafely.
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (
-            f"it holds {found[1]}, and objects other than tensors can run code. Ask for a file of state dicts alone."
-            if found
-            else "it is damaged, incomplete or no PyTorch file of plain tensors. Fetch it again and compare its size."
-        )
-        msg = f"'{path}' was not loaded: {reason}"
-        raise ValueError(msg) from error
-    if not isinstance(stored, dict):
-        msg = f"'{path}' holds a {type(stored).__name__}, not a dict of state dicts: give the checkpoint itself."
-        raise ValueError(msg)  # noqa: TRY004  the file is wrong, not the caller's type
-    return stored
-
-
-def _parts(network: RDPPModel) -> dict[str, nn.Module]:
+def _parts(network: RDPPModel) -> nn.ModuleDict:
     """Parts of a network with the names that they and their weights have in published files."""
-    parts: dict[str, nn.Module] = {"bn": network.student.bottleneck, "decoder": network.student.decoder}
+    parts = nn.ModuleDict({"bn": network.student.bottleneck, "decoder": network.student.decoder})
     if network.is_projecting:
-        pairs = zip(SCALES, network.projections, strict=True)
+        pairs = zip("abc", network.projections, strict=True)  # how the official code names them, fine to coarse
         parts["proj"] = nn.ModuleDict({f"proj_{letter}": nn.ModuleDict({"proj": part}) for letter, part in pairs})
     return parts
 
 
-def _expected(name: str, projection: bool) -> dict[str, torch.Size]:
+def _layout(name: str, projection: bool) -> dict[str, torch.Size]:
     """Shape of every entry of a published file, by part and name."""
     with torch.device("meta"):
         parts = _parts(RDPPModel(name, pre_trained=False, projection=projection))
-    return {
-        f"{part}.{key}": value.shape for part, network in parts.items() for key, value in network.state_dict().items()
-    }
+    return {key: value.shape for key, value in parts.state_dict().items()}
 
 
-def _differences(stored: dict[str, Any], expected: dict[str, torch.Size]) -> list[str]:
-    """Names of what is missing, of another shape or no tensor, or unknown.
-
-    Counters of batches came later to torch than BatchNorm; ``memory`` is what RD's official code drops from its files.
-    """
-    wrong = [name for name in expected if name in stored and getattr(stored[name], "shape", None) != expected[name]]
-    one_sided = [name for name in {**expected, **stored} if (name in stored) != (name in expected)]
-    return wrong + [
+def _differences(stored: dict[str, Any], layout: dict[str, torch.Size]) -> list[str]:
+    """Names of what is missing, unknown, of another shape or no tensor; counters of batches need not be there."""
+    return [
         name
-        for name in one_sided
-        if not name.endswith("num_batches_tracked") and not (name in stored and "memory" in name)
+        for name in {**layout, **stored}
+        if (name not in layout or getattr(stored.get(name), "shape", None) != layout[name])
+        and (name in layout.keys() & stored.keys() or not name.endswith("num_batches_tracked"))
     ]
 
 

