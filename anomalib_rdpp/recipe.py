@@ -60,10 +60,7 @@ def easy_share(progress: float, most: float = 0.9, rise: float = 0.2) -> float:
 
 
 def focus_on_hard(
-    student: list[torch.Tensor],
-    target: list[torch.Tensor],
-    share: float,
-    factor: float = 0.1,  # Dinomaly
+    student: list[torch.Tensor], target: list[torch.Tensor], share: float, factor: float = 0.1
 ) -> list[torch.Tensor]:
     """Scale down the gradients at the easiest positions; the values stay.
 
@@ -71,7 +68,7 @@ def focus_on_hard(
         student: ``(B, C, H, W)`` per scale.
         target: What it is to give back, the same shapes.
         share: Share of a batch's positions, those of the smallest 1 - cosine, that count as easy.
-        factor: On their gradients.
+        factor: On their gradients; Dinomaly's.
 
     Returns:
         The student's features, to be compared with the target by any loss.

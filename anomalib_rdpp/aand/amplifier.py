@@ -61,7 +61,7 @@ class MatchingGate(nn.Module):
 
     Args:
         channels: C.
-        key_count: L, number of learned keys for normal and again for anomalous positions.
+        key_count: L of stage one, number of learned keys for normal and again for anomalous positions.
         temperature: Divides the cosines before the softmax.
 
     Examples:
@@ -69,12 +69,7 @@ class MatchingGate(nn.Module):
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        key_count: int = 50,  # L of stage one
-        temperature: float = 0.2,
-    ) -> None:
+    def __init__(self, channels: int, key_count: int = 50, temperature: float = 0.2) -> None:
         super().__init__()
         self.query = _attribute_mlp(channels)
         self.keys = nn.Parameter(torch.randn(2 * key_count, channels))  # first normal, then anomalous

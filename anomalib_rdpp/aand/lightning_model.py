@@ -275,10 +275,6 @@ def split_epochs(epochs: int, share: float) -> int:
     return min(max(round(share * epochs), 1), epochs - 1)
 
 
-def learning_rate_factor(
-    progress: float,
-    drops: Sequence[float] = (0.8, 0.9),  # of either stage
-    factor: float = 0.2,
-) -> float:
-    """What the papers' learning rate is multiplied by when a share of its stage is over."""
+def learning_rate_factor(progress: float, drops: Sequence[float] = (0.8, 0.9), factor: float = 0.2) -> float:
+    """What the paper's learning rate is multiplied by when a share of its stage, either one, is over."""
     return factor ** sum(progress >= drop - ROUNDING for drop in drops)

@@ -83,13 +83,11 @@ class AANDLoss(nn.Module):
         return {**terms, "loss": loss}
 
 
-def focal_loss(
-    gates: list[torch.Tensor],
-    mask: torch.Tensor,
-    alpha: float = 0.8,  # weight of anomalous positions, 1 - alpha of normal ones
-    gamma: float = 2.0,
-) -> torch.Tensor:
-    """Focal loss of gates ``(B, 1, H, W)`` against the mask ``(B, 1, H, W)`` of the images, summed over scales."""
+def focal_loss(gates: list[torch.Tensor], mask: torch.Tensor, alpha: float = 0.8, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss of gates ``(B, 1, H, W)`` against the mask ``(B, 1, H, W)`` of the images, summed over scales.
+
+    ``alpha`` is the weight of anomalous positions, 1 - alpha that of normal ones.
+    """
     loss = mask.new_zeros((), dtype=torch.float32)
     for gate in gates:
         anomalous = mask_at_scale(mask, gate).to(gate)
@@ -133,11 +131,9 @@ def amplification_loss(
 
 
 def hard_knowledge_loss(
-    amplified: list[torch.Tensor],
-    student: list[torch.Tensor],
-    positions: int = 10,  # K_h of stage two
+    amplified: list[torch.Tensor], student: list[torch.Tensor], positions: int = 10
 ) -> torch.Tensor:
-    """Mean of each image's largest 1 - cosine along channels of ``(B, C, H, W)``, summed over scales."""
+    """Mean of each image's K_h (``positions``) largest 1 - cosine along channels ``(B, C, H, W)``, sum of scales."""
     loss = amplified[0].new_zeros(())
     for teacher, learner in zip(amplified, student, strict=True):
         distance = (1 - functional.cosine_similarity(teacher, learner)).flatten(1)  # (B, H * W)

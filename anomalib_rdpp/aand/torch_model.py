@@ -135,11 +135,7 @@ class AANDModel(nn.Module):
         self.start_stage(bool(state))
 
 
-def mask_at_scale(
-    mask: torch.Tensor,
-    feature: torch.Tensor,
-    threshold: float = 0.3,  # of the official code
-) -> torch.Tensor:
-    """Bring a mask ``(B, 1, H, W)`` down to the size of a feature: where more than a share of its pixels is set."""
+def mask_at_scale(mask: torch.Tensor, feature: torch.Tensor, threshold: float = 0.3) -> torch.Tensor:
+    """Bring a mask ``(B, 1, H, W)`` to a feature's size: where more than the official code's share of pixels is set."""
     height, width = feature.shape[-2:]
     return functional.adaptive_avg_pool2d(mask.float(), (height, width)) > threshold

@@ -97,9 +97,7 @@ def reconstruction_loss(noisy_projected: list[torch.Tensor], projected: list[tor
 
 
 def contrast_loss(
-    noisy_teacher: list[torch.Tensor],
-    projected: list[torch.Tensor],
-    margin: float = 0.5,  # of the official code
+    noisy_teacher: list[torch.Tensor], projected: list[torch.Tensor], margin: float = 0.5
 ) -> torch.Tensor:
     """Cosine of noisy teacher and normal projection ``(B, C, H, W)``, each image flattened, as far as above margin."""
     finest, *others = (
