@@ -17,8 +17,6 @@ from torch import nn
 
 from anomalib_rdpp.teacher import check_choice
 
-SCORES = ("max", "top", "sum")
-
 
 class AnomalyMapGenerator(nn.Module):
     """Compare two lists of features and give map and score.
@@ -43,7 +41,7 @@ class AnomalyMapGenerator(nn.Module):
 
     def __init__(self, sigma: float = 4.0, score: str = "max", score_fraction: float = 0.01) -> None:
         super().__init__()
-        check_choice("score", score, SCORES)
+        check_choice("score", score, ("max", "top", "sum"))
         if not 0 < score_fraction <= 1:
             msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
             raise ValueError(msg)

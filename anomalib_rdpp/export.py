@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 else:  # a mixin: anomalib looks one level below AnomalibModule for models
     Module = object
 
-CALIBRATED = (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ)
 CALIBRATION_IMAGES = 300  # at most; NNCF's default
 
 
@@ -87,7 +86,7 @@ class SafeExportMixin(Module):
         if compression_type not in (None, CompressionType.FP16):
             _require("nncf")
             import_module("nncf")  # sets its logger's level as it loads, which is silenced below
-        if compression_type in CALIBRATED and datamodule is None:
+        if compression_type in (CompressionType.INT8_PTQ, CompressionType.INT8_ACQ) and datamodule is None:
             msg = (
                 f"{compression_type.name} needs images to calibrate on, but no data was given: add --data (Python: "
                 "datamodule=), or take INT8, which compresses the weights alone."

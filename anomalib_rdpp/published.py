@@ -27,8 +27,6 @@ from anomalib_rdpp.rdpp.torch_model import RDPPModel
 from anomalib_rdpp.student import PAPER
 from anomalib_rdpp.teacher import architecture, read_tensors
 
-PARTS = ({"bn", "decoder"}, {"bn", "decoder", "proj"})  # of RD, of RD++
-
 
 def load_published(
     path: str | Path,
@@ -96,7 +94,7 @@ def read_published(path: str | Path, backbone: str) -> dict[str, torch.Tensor]:
     Leftovers named ``memory`` are dropped, missing counters of batches are 0, DataParallel's ``module.`` is stripped.
     """
     parts = read_tensors(path)
-    if set(parts) not in PARTS or not all(isinstance(values, dict) for values in parts.values()):
+    if parts.keys() - {"proj"} != {"bn", "decoder"} or not all(isinstance(values, dict) for values in parts.values()):
         msg = (
             f"'{path}' holds {_listed(parts)}; expected the state dicts bn and decoder (RD), or bn, decoder and proj "
             "(RD++). Give a file that the official code wrote; a checkpoint of anomalib needs no conversion."

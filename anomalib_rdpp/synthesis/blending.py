@@ -19,7 +19,6 @@ from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
 from anomalib_rdpp.teacher import check_choice, check_images
 
-FOREGROUNDS = ("none", "estimate")
 TEXTURES = {".jpg", ".jpeg", ".png"}
 ATTEMPTS = 10  # to hit the foreground, anomalib's number for an empty shape
 
@@ -53,7 +52,7 @@ class TextureAnomalies(nn.Module):
         probability: float = 0.5,
     ) -> None:
         super().__init__()
-        check_choice("foreground", foreground, FOREGROUNDS)
+        check_choice("foreground", foreground, ("none", "estimate"))
         if foreground != "none" and foreground_dir is not None:
             msg = f"Foreground is either estimated or read from '{foreground_dir}': give foreground or foreground_dir."
             raise ValueError(msg)
