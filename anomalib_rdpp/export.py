@@ -41,8 +41,12 @@ CALIBRATION_IMAGES = 300  # at most; NNCF's default
 class SafeExportMixin(Module):
     """anomalib's export methods, by way of a folder that is gone when they fail."""
 
+    def warn_before_export(self) -> None:
+        """Say what an export would lack; nothing, unless a model knows better."""
+
     def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
         """Export as anomalib does, whole or not at all."""
+        self.warn_before_export()
         with _move_when_whole(export_root, self.facts()) as folder:
             path = super().to_torch(folder, model_file_name)
         return Path(export_root) / path.relative_to(folder)
@@ -55,6 +59,7 @@ class SafeExportMixin(Module):
         **kwargs: Any,  # noqa: ANN401
     ) -> Path:
         """Export as anomalib does, whole or not at all; ``ModuleNotFoundError`` names the packages that are missing."""
+        self.warn_before_export()
         _require("onnx", "onnxscript")
         kwargs.setdefault("opset_version", 18)  # torch's least; it would fail to convert to anomalib's 14, and go on
         import onnx  # noqa: PLC0415  optional
@@ -81,6 +86,7 @@ class SafeExportMixin(Module):
             ModuleNotFoundError: If a package that this needs is not installed.
             ValueError: If a compression that calibrates has no data.
         """
+        self.warn_before_export()
         compression_type = None if compression_type is None else CompressionType(compression_type)
         _require("onnx", "onnxscript", "openvino")
         if compression_type not in (None, CompressionType.FP16):

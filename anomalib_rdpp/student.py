@@ -14,6 +14,7 @@ Source: Deng & Li, Anomaly Detection via Reverse Distillation from One-Class Emb
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from anomalib.models.components.backbone import get_decoder
@@ -48,7 +49,7 @@ class Student(nn.Module):
     def __init__(self, architecture: str, bottleneck: str = "mff+oce", scales: Sequence[int] = SCALES) -> None:
         super().__init__()
         width = 128 if "wide" in architecture else 64  # anomalib builds a wide ResNet's neck at half unless it is told
-        neck = get_bottleneck_layer(architecture, width_per_group=width)
+        neck: Any = get_bottleneck_layer(architecture, width_per_group=width)
         # Parts of the published neck that no pass uses; frozen, so that DDP waits for no gradient of theirs.
         neck.conv4.requires_grad_(requires_grad=False)
         neck.bn4.requires_grad_(requires_grad=False)
@@ -86,7 +87,7 @@ class Coarsest(nn.Sequential):
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Embed the last of ``(B, C, H, W)`` per scale, at half its height and width."""
-        embedding: torch.Tensor = super().forward(features[-1])
+        embedding: torch.Tensor = super().forward(features[-1])  # type: ignore[no-untyped-call]
         return embedding
 
 
@@ -186,7 +187,7 @@ def _shortcut(width_in: int, width_out: int) -> nn.Module:
     return ConvNormAct(width_in, width_out, 1, stride=2, apply_act=False)
 
 
-def _narrow(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+def _narrow(conv: Any, channels: int) -> nn.Conv2d:  # noqa: ANN401  attributes of modules have no types
     """Build the same convolution for fewer inputs, initialised as anomalib does."""
     narrow = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
     nn.init.kaiming_normal_(narrow.weight, mode="fan_out", nonlinearity="relu")

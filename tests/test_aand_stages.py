@@ -18,7 +18,6 @@ from tiny import TINY
 
 from anomalib_rdpp.aand.lightning_model import AAND, learning_rate_factor, split_epochs
 from anomalib_rdpp.aand.torch_model import AANDModel
-from anomalib_rdpp.export import SafeExportMixin
 
 
 def build(**arguments):
@@ -189,12 +188,13 @@ def test_resuming_with_another_length_warns_that_the_stages_move(tiny_data, tmp_
         engine(tmp_path, max_epochs=6).fit(build(), datamodule=tiny_data, ckpt_path=tmp_path / "0.ckpt")
 
 
-def test_exporting_a_model_of_stage_one_warns(tmp_path, monkeypatch):
-    monkeypatch.setattr(SafeExportMixin, "to_onnx", lambda *_, **__: tmp_path)
+@pytest.mark.parametrize("kind", ["torch", "onnx", "openvino"])
+def test_every_export_of_a_model_of_stage_one_warns(tmp_path, kind):
     module = build()
     module.model.start_stage(is_amplifying=True)
-    with pytest.warns(UserWarning, match="its student is untrained"):
-        module.to_onnx(tmp_path, input_size=(64, 64))
+    with pytest.warns(UserWarning, match="its student is untrained") as warned:
+        getattr(module, f"to_{kind}")(tmp_path)
+    assert len([each for each in warned if "untrained" in str(each.message)]) == 1
 
 
 def test_learning_rate_falls_within_each_stage(tiny_data, tmp_path):

@@ -5,7 +5,6 @@ Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from anomalib.data import ImageBatch
@@ -205,13 +204,12 @@ class AAND(DistillationMixin, AnomalibModule):
                 "amplified teacher. Resume its training, with the same max_epochs."
             )
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401  as anomalib's
-        """Export as anomalib does; what has no student yet is exported with a warning."""
+    def warn_before_export(self) -> None:
+        """Say that there is no student yet."""
         if self.model.is_amplifying:
             rank_zero_warn(
                 "This AAND is in stage one: its student is untrained, and its map compares raw and amplified."
             )
-        return super().to_onnx(*args, **kwargs)
 
     def _is_stage_one(self) -> bool:
         """Whether the epoch that starts now trains the amplifier."""
