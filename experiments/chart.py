@@ -1,8 +1,9 @@
 """Pictures of latency: bars per model and precision, and accuracy over the time of each model's best precision.
 
-python -m experiments.chart experiments/results/latency.csv --accuracy experiments/results/real.csv
+python -m experiments.chart results/latency.csv --accuracy experiments/results/long.csv experiments/results/rivals.csv
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,35 +16,46 @@ from anomalib_rdpp.benchmark.exports import PRECISIONS
 from anomalib_rdpp.benchmark.latency import latency_results
 from anomalib_rdpp.benchmark.report import SETTINGS, read_accuracy, short
 
+from .curves import SHOWN, curves_results
 
-def draw_charts(latency: Path, accuracy: Path | None = None, pictures: Path = Path("results")) -> list[Path]:
+
+def draw_charts(latency: Path, accuracy: Sequence[Path] | None = None, pictures: Path = Path("results")) -> list[Path]:
     """Draw bars of latency, and accuracy over latency for data that were tested at the same image size.
 
     Args:
         latency: CSV of latency.
-        accuracy: CSV of accuracy, of the same backbone. A model's name there is the name here, or that up to the first
-            comma; others are left out.
+        accuracy: CSVs of accuracy or of experiments.curves (of each fit its last test), of the same backbone. A model's
+            name there is the name here, or that up to the first comma; others are left out.
         pictures: Folder for pictures.
 
     Returns:
         The pictures.
     """
-    times, tested = latency_results(latency).frame(), None if accuracy is None else read_accuracy(accuracy)
-    times, drawn = times[times["error"] == ""], []
+    times, drawn = latency_results(latency).frame(), []
+    times, tested = times[times["error"] == ""], [_tested(path) for path in accuracy or ()]
     pictures.mkdir(parents=True, exist_ok=True)
     for (backbone, threads, size), own in times.groupby(["backbone", "threads", "image_size"], sort=False):
         stem = f"{backbone}_{size}px_{threads}threads"
         said = f"{backbone}, {size} px, batch 1, {threads} threads"
         drawn.append(_bars(own, said, pictures / f"latency_{stem}.png"))
-        if tested is None:
-            continue
-        last = tested[(tested["protocol"] == PROTOCOLS[0]) & (tested["error"] == "") & (tested["image_size"] == size)]
-        for data, results in last.groupby("data", sort=False):
+        same_size = pd.concat(tested).query("image_size == @size") if tested else pd.DataFrame({"data": []})
+        for data, results in same_size.groupby("data", sort=False):
             best = _best(own, results)
             if len(best):
                 picture = pictures / f"accuracy_latency_{stem}_{data.replace('/', '_')}.png"
                 drawn.append(_bubbles(best, data, picture))
     return drawn
+
+
+def _tested(path: Path) -> pd.DataFrame:
+    """Read what was tested at the end of trainings, metrics in percent."""
+    if "fit_minutes" not in path.read_text(encoding="utf-8").partition("\n")[0]:
+        rows = read_accuracy(path)
+        return rows[(rows["protocol"] == PROTOCOLS[0]) & (rows["error"] == "")]
+    rows = curves_results(path).frame()
+    rows = rows[rows["error"] == ""]
+    rows = rows.loc[rows.groupby(["data", "model", "seed"], sort=False)["epoch"].idxmax()].assign(epochs=rows["epoch"])
+    return rows.assign(**{metric: 100 * rows[metric] for metric in SHOWN})
 
 
 def _bars(rows: pd.DataFrame, said: str, path: Path) -> Path:
@@ -70,34 +82,37 @@ def _bars(rows: pd.DataFrame, said: str, path: Path) -> Path:
 
 
 def _best(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    """Give each model's best precision with its image AUROC, a mean of seeds; of epochs and batch sizes the last.
+    """Give each model's best precision with its metrics, means of seeds; of epochs and batch sizes the last.
 
     Without bfloat16: the accuracy is that of single precision, which INT8 keeps within a stated loss.
     """
     rows = rows[~rows["precision"].str.endswith("bf16")]
-    auroc = results.groupby(["model", *SETTINGS], sort=False)["image_AUROC"].mean().groupby("model").last()
+    metrics = results.groupby(["model", *SETTINGS], sort=False)[list(SHOWN)].mean().groupby("model").last()
     best = rows.loc[rows.groupby("model", sort=False)["median_ms"].idxmin()]
-    names = best["model"].where(best["model"].isin(auroc.index), best["model"].str.split(", ").str[0])
-    return best.assign(auroc=names.map(auroc)).dropna(subset="auroc")
+    names = best["model"].where(best["model"].isin(metrics.index), best["model"].str.split(", ").str[0])
+    return best.assign(**{metric: names.map(metrics[metric]) for metric in SHOWN}).dropna(subset=SHOWN[0])
 
 
 def _bubbles(best: pd.DataFrame, data: str, path: Path) -> Path:
-    """Draw image AUROC over time; the area is the peak memory."""
-    figure, axis = plt.subplots(figsize=(7.5, 6), layout="constrained")
-    for i, row in enumerate(best.itertuples()):
-        label = f"{row.model}: {row.precision}, {short(row.median_ms)} ms, {row.peak_mib:.0f} MiB"
-        colour = plt.get_cmap("tab10")(i % 10)
-        axis.scatter(row.median_ms, row.auroc, s=row.peak_mib, alpha=0.6, color=colour, label=label)
-    axis.set_xscale("log", subs=[])
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.margins(0.2)
-    for handle in figure.legend(loc="outside lower center", ncols=2, fontsize=8).legend_handles:
+    """Draw image AUROC and AUPRO over time; the area is the peak memory."""
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(11, 6), layout="constrained")
+    for axis, metric in zip(axes, SHOWN, strict=True):
+        for i, row in enumerate(best.to_dict("records")):
+            label = f"{row['model']}: {row['precision']}, {short(row['median_ms'])} ms, {row['peak_mib']:.0f} MiB"
+            place = row["median_ms"], row[metric]
+            axis.scatter(*place, s=row["peak_mib"], alpha=0.6, color=plt.get_cmap("tab20")(i % 20), label=label)
+        axis.set_xscale("log", subs=[])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.margins(0.2)
+        axis.grid(alpha=0.3)
+        axis.set(xlabel="milliseconds per image, best precision", ylabel=f"{metric.replace('_', ' ')} in %")
+    legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    for handle in legend.legend_handles:
         handle.set_sizes([40])
-    axis.set(xlabel="milliseconds per image, best precision", ylabel="image AUROC in %, last epoch, mean of seeds")
     first = best.iloc[0]
     machine = f"Times of {first.backbone}, {first.processor}, {first.threads} threads; area: peak memory"
-    axis.set_title(f"{data}, {first.image_size} px\n{machine}", fontsize=9)
+    figure.suptitle(f"{data}, {first.image_size} px\n{machine}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

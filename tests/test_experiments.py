@@ -228,6 +228,7 @@ def test_published_figures_stand_beside_ours(tmp_path):
 
 def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     times = dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "rounds", "peak_mib"), 1)
     fixed = {"backbone": "resnet18", "precision": "fp32", "threads": 2, "image_size": 256}
@@ -242,8 +243,11 @@ def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_
         ("cookie/a", 256, "RD++", 0.9),
         ("other", 256, "other", 0.9),
     ):
-        row = {"data": data, "image_size": size, "model": model, "image_AUROC": auroc}
+        row = {"data": data, "image_size": size, "model": model, "image_AUROC": auroc, "pixel_AUPRO": auroc / 2}
         accuracy_results(tmp_path / "rows.csv").append({**facts, **row})
+    for epoch, auroc in ((1, 0.3), (2, 0.4)):
+        row = {"data": "mtd", "image_size": 256, "model": "untested", "image_AUROC": auroc, "pixel_AUPRO": 0.1}
+        curves.curves_results(tmp_path / "curves.csv").append({**row, "seed": 0, "batch_size": 8, "epoch": epoch})
     drawn, titles, scatter = [], [], Axes.scatter
 
     def record(axis, x, y, label, **options):
@@ -251,20 +255,20 @@ def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_
         return scatter(axis, x, y, label=label, **options)
 
     monkeypatch.setattr(Axes, "scatter", record)
-    monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text.splitlines()[0]))
-    bars, *pictures = chart.draw_charts(tmp_path / "latency.csv", tmp_path / "rows.csv", tmp_path)
+    monkeypatch.setattr(Figure, "suptitle", lambda _, text, **__: titles.append(text.splitlines()[0]))
+    tested = [tmp_path / "rows.csv", tmp_path / "curves.csv"]
+    bars, *pictures = chart.draw_charts(tmp_path / "latency.csv", tested, tmp_path)
     assert bars.name == "latency_resnet18_256px_2threads.png"
     assert [path.stem.removeprefix("accuracy_latency_resnet18_256px_2threads_") for path in pictures] == [
         "mtd",
         "cookie_a",
     ]
-    assert titles == ["resnet18, 256 px, batch 1, 2 threads", "mtd, 256 px", "cookie/a, 256 px"]
+    assert titles == ["mtd, 256 px", "cookie/a, 256 px"]
     assert drawn == [
-        ("RD++", 50),
-        ("RD++", 90),
-        ("PatchCore, bank 2048", 70),
-        ("PatchCore, bank 16384", 70),
-        ("PatchCore, 2 %", 60),
+        *(("RD++", 50), ("untested", 40)),
+        *(("RD++", 25), ("untested", 10)),
+        *(("RD++", 90), ("PatchCore, bank 2048", 70), ("PatchCore, bank 16384", 70), ("PatchCore, 2 %", 60)),
+        *(("RD++", 45), ("PatchCore, bank 2048", 35), ("PatchCore, bank 16384", 35), ("PatchCore, 2 %", 30)),
     ]
 
 
