@@ -176,6 +176,30 @@ def test_command_line_exports_what_was_trained(trained, name, tmp_path):
     assert list(tmp_path.rglob("model.xml"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "backbone", ["mobilenetv4_conv_small", "tf_efficientnet_lite0", "hgnetv2_b0", "convnext_atto", "test_resnet"]
+)
+def test_edge_teachers_train_test_and_export_to_int8_by_command(backbone, name, tiny_folder, tmp_path):
+    model = ["--model", name, "--model.backbone", backbone, "--model.pre_trained", "false"]
+    folders = [text for key, value in FOLDERS.items() for text in (f"--data.{key}", value)]
+    data = ["--data", "Folder", "--data.name", "tiny", "--data.root", str(tiny_folder), "--data.num_workers", "0"]
+    data += [*folders, "--data.seed", "0", "--data.train_batch_size", "3"]
+    place = ["--default_root_dir", str(tmp_path)]
+    AnomalibCLI(args=["train", *model, *data, *place, "--trainer.accelerator", "cpu", "--trainer.max_epochs", "2"])
+    path = str(next(tmp_path.rglob("model.ckpt")))
+    tested = AnomalibCLI(args=["test", *model, *data, *place, "--trainer.accelerator", "cpu", "--ckpt_path", path])
+    assert tested.engine.trainer.callback_metrics.keys() >= {"image_AUROC"}
+    target = ["--export_type", "openvino", "--compression_type", "INT8_PTQ", "--ckpt_path", path, *place]
+    AnomalibCLI(args=["export", *model[:2], "--model.pre_trained", "false", *data, *target])
+    exported = ov.Core().read_model(str(next(tmp_path.rglob("model.xml"))))
+    assert any(node.get_type_name() == "FakeQuantize" for node in exported.get_ops())
+    image = next(Path(tiny_folder, "test/square").glob("*.png"))
+    answer = OpenVINOInferencer(next(tmp_path.rglob("model.xml")), device="CPU").predict(image)
+    assert np.isfinite(answer.pred_score).all()
+
+
 def test_config_without_defects_trains_on_nothing_but_normal_images(tiny_folder, tmp_path):
     config = next(path for path in CONFIGS if path.stem == "rdpp_no_defects")
     changes = {"data.root": tiny_folder, "data.normal_test_dir": "null", "data.num_workers": 0}
