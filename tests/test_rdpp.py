@@ -404,3 +404,12 @@ def test_checkpoint_of_another_model_is_named():
 def test_projection_has_the_papers_widths():
     widths = [layer.out_channels for layer in Projection(64) if hasattr(layer, "out_channels")]
     assert widths == [32, 16, 32, 64]
+
+
+def test_noise_leaves_torch_its_threads():
+    code = (
+        "import torch; from anomalib_rdpp.synthesis.noise import SimplexNoise; torch.set_num_threads(1); "
+        "SimplexNoise()(torch.zeros(1, 3, 64, 64)); print(torch.get_num_threads())"
+    )
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "1"

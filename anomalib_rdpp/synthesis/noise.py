@@ -48,7 +48,9 @@ class SimplexNoise(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return noisy copies of ``(B, 3, H, W)`` images in [0, 1]."""
+        threads = torch.get_num_threads()
         fields = torch.stack([self._field(*images.shape[1:]) for _ in images])
+        torch.set_num_threads(threads)  # numba's OpenMP, as it starts, sets torch's to the number of CPUs
         return images + self.strength * fields.to(images, non_blocking=True)  # a step never waits for the GPU
 
     def _field(self, channels: int, height: int, width: int) -> torch.Tensor:
