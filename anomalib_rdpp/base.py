@@ -4,6 +4,7 @@ A mixin, not a base class: anomalib's ``get_model`` and ``list_models`` look one
 """
 
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class DistillationMixin(SafeExportMixin):
                 refuse_moving(transform, where)
 
     def on_fit_start(self) -> None:
-        """Refuse ``StochasticWeightAveraging``; give each process its own noise: seed_everything seeds all alike."""
+        """Refuse ``StochasticWeightAveraging`` by ``ValueError``; give each process its own noise, as no seed does."""
         super().on_fit_start()
         if any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks):
             msg = (
@@ -163,8 +164,10 @@ class DistillationMixin(SafeExportMixin):
         """Refuse, by ``ValueError``, another network's checkpoint before torch lists all its tensors."""
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
-        for name in sorted(self.structure & stored.keys() & self.hparams.keys()):
-            theirs, ours = stored[name], self.hparams[name]
+        defaults = signature(type(self)).parameters  # what checkpoints mean that are older than an argument
+        for name in sorted(self.structure & self.hparams.keys()) if stored else ():
+            theirs, ours = stored.get(name, defaults[name].default), self.hparams[name]
+            theirs = list(theirs) if isinstance(theirs, tuple) else theirs
             if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter
                 theirs, ours = architecture(theirs), architecture(ours)
             if theirs != ours:

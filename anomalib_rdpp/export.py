@@ -169,7 +169,10 @@ class _Pixels:
 
 
 def quantize_all_but_map(model: "Model", images: "nncf.Dataset", **options: Any) -> "Model":  # noqa: ANN401
-    """Quantise as ``quantize`` does, calibrated on other images; options take the place of what is chosen here."""
+    """Quantise all but resize and map, calibrated on any images; ``options`` of nncf.quantize go before ours.
+
+    Returns the quantised model; the one given stays as it is.
+    """
     import nncf  # noqa: PLC0415
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from anomalib_rdpp.rdpp.lightning_model import RDPP
 from anomalib_rdpp.rdpp.torch_model import RDPPModel
-from anomalib_rdpp.student import PAPER
+from anomalib_rdpp.student import PAPER, SCALES
 from anomalib_rdpp.teacher import architecture, read_tensors
 
 
@@ -34,7 +34,7 @@ def load_published(
     pre_trained: bool = True,
     teacher_weights: str | None = None,
 ) -> RDPP:
-    """Load a file of RD++'s or RD's official code; the model is in training mode, as if newly built.
+    """Load a file of RD++'s or RD's official code; the model is in training mode: call ``eval()`` to use it by hand.
 
     The file has no thresholds: until ``Engine.validate`` has found them on your data, scores and maps are the raw ones,
     from 0 to 6, compared with 0.5: labels, masks and F1 mean nothing; AUROC and AUPRO need none. ``anomalib validate``
@@ -77,10 +77,12 @@ def to_published(model: RDPP) -> dict[str, dict[str, torch.Tensor]]:
         model: RD++, or RD, that is ``RDPP(projection=False)``.
 
     Raises:
-        ValueError: If student or projection are not the papers'.
+        ValueError: If student or projection are not the papers', whole.
     """
-    if type(model.model.student).__name__ != "Student" or model.hparams.projection == "light":
-        msg = "The published layout holds the papers' student and projection alone; this model's are light ones."
+    student, is_light = model.model.student, model.hparams.projection == "light"
+    is_whole = model.hparams.bottleneck == "mff+oce" and student.scales == SCALES
+    if type(student).__name__ != "Student" or is_light or not is_whole:
+        msg = "The published layout holds the papers' student and projection alone; this model's are light or ablated."
         raise ValueError(msg)
     return {
         part: {name: value.cpu().clone() for name, value in network.state_dict().items()}

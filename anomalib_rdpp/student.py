@@ -54,21 +54,27 @@ class Student(nn.Module):
         neck.conv4.requires_grad_(requires_grad=False)
         neck.bn4.requires_grad_(requires_grad=False)
         first, coarsest = neck.bn_layer[0], neck.bn2.num_features
-        if bottleneck == "oce":
+        if bottleneck != "mff+oce":
             first.conv1, first.downsample[0] = (_narrow(conv, coarsest) for conv in (first.conv1, first.downsample[0]))
-            neck = Coarsest(neck.bn_layer)
-        elif bottleneck == "none":
-            neck = Coarsest(_shortcut(coarsest, neck.bn4.num_features))
+            neck = Coarsest(neck.bn_layer if bottleneck == "oce" else first.downsample)
         self.bottleneck: nn.Module = neck
         self.decoder: nn.Module = get_decoder(architecture)
         self.scales = tuple(scales)
+        self._freeze_unused([self.decoder.layer1, self.decoder.layer2, self.decoder.layer3])
+
+    def _freeze_unused(self, steps: Any, heads: Any = ()) -> None:  # noqa: ANN401  attributes of modules have no types
+        """Freeze what no scale that is given back comes from, coarse to fine: DDP waits for all gradients."""
+        unused = [*steps[len(SCALES) + 1 - min(self.scales) :]]
+        unused += [head for scale, head in zip(reversed(SCALES), heads, strict=False) if scale not in self.scales]
+        for part in unused:
+            part.requires_grad_(requires_grad=False)
 
     def compared(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Choose those of the three scales that the student gives back."""
         return [features[scale - 1] for scale in self.scales]
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse; the shapes of its scales.
+        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse: those of ``scales``.
 
         Raises:
             ValueError: In training, if a batch of one 32 x 32 image leaves BatchNorm no second value.
@@ -124,6 +130,7 @@ class LightStudent(Student):
             self.bottleneck = Coarsest(_shortcut(channels[-1], 2 * widths[-1]))
         self.decoder = Decoder(widths, channels)
         self.scales = tuple(scales)
+        self._freeze_unused(self.decoder.steps, self.decoder.heads)
 
 
 class Fuse(nn.Module):
@@ -182,18 +189,6 @@ class Decoder(nn.Module):
         return reconstructed
 
 
-def _shortcut(width_in: int, width_out: int) -> nn.Module:
-    """Build the strided 1x1 convolution with BatchNorm of a residual stage, all that is left of it without OCE."""
-    return ConvNormAct(width_in, width_out, 1, stride=2, apply_act=False)
-
-
-def _narrow(conv: Any, channels: int) -> nn.Conv2d:  # noqa: ANN401  attributes of modules have no types
-    """Build the same convolution for fewer inputs, initialised as anomalib does."""
-    narrow = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
-    nn.init.kaiming_normal_(narrow.weight, mode="fan_out", nonlinearity="relu")
-    return narrow
-
-
 def build_student(
     teacher: Teacher,
     student: str = "auto",
@@ -234,3 +229,15 @@ def build_student(
         msg = f"width {width} is an option of the light student; the papers' has width 1: take student='light'."
         raise ValueError(msg)
     return Student(teacher.architecture, bottleneck, scales)
+
+
+def _shortcut(width_in: int, width_out: int) -> nn.Module:
+    """Build the strided 1x1 convolution with BatchNorm of a residual stage, all that is left of it without OCE."""
+    return ConvNormAct(width_in, width_out, 1, stride=2, apply_act=False)
+
+
+def _narrow(conv: Any, channels: int) -> nn.Conv2d:  # noqa: ANN401  attributes of modules have no types
+    """Build the same convolution for fewer inputs, initialised as anomalib does."""
+    narrow = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    nn.init.kaiming_normal_(narrow.weight, mode="fan_out", nonlinearity="relu")
+    return narrow

@@ -72,7 +72,8 @@ class Teacher(nn.Module):
                 options["pretrained"] = True
         self.network: nn.Module = timm.create_model(backbone, features_only=True, **options)
         if state is not None:
-            _load(self.network, state.get("state_dict", state), source)
+            inner = state.get("state_dict")
+            _load(self.network, inner if isinstance(inner, dict) else state, source)
         normalisation = resolve_model_data_config(self.network)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(normalisation[name]).view(1, 3, 1, 1))
@@ -146,7 +147,8 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         # What a foreign file makes torch raise has no end, and its text advises to load unsafely.
         found = re.search(r"GLOBAL (\S+)", str(error))
         reason = (
-            f"it holds {found[1]}, and objects other than tensors can run code. Ask for a file of state dicts alone."
+            f"it holds {found[1]}, and objects other than tensors can run code. Ask for a file of state dicts alone, "
+            "or save the network's state_dict(), not the network."
             if found
             else "it is damaged, incomplete or no PyTorch file of plain tensors. Fetch it again and compare its size."
         )
@@ -209,7 +211,8 @@ def _packaged(name: str) -> Path | None:
     """File of the ImageNet weights in an installed package, None if there is none."""
     package, pattern = PACKAGED.get(name, ("", ""))
     spec = find_spec(package) if package else None
-    return next(Path(spec.origin).parent.glob(pattern), None) if spec and spec.origin else None
+    folders = spec.submodule_search_locations or () if spec else ()
+    return next((path for folder in folders for path in Path(folder).glob(pattern)), None)
 
 
 def _check_hub(backbone: str) -> None:

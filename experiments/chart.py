@@ -16,7 +16,7 @@ from anomalib_rdpp.benchmark.exports import PRECISIONS
 from anomalib_rdpp.benchmark.latency import latency_results
 from anomalib_rdpp.benchmark.report import SETTINGS, read_accuracy, short
 
-from .curves import SHOWN, curves_results
+from .curves import KEY, SHOWN, curves_results
 
 
 def draw_charts(latency: Path, accuracy: Sequence[Path] | None = None, pictures: Path = Path("results")) -> list[Path]:
@@ -25,7 +25,7 @@ def draw_charts(latency: Path, accuracy: Sequence[Path] | None = None, pictures:
     Args:
         latency: CSV of latency.
         accuracy: CSVs of accuracy or of experiments.curves (of each fit its last test), of the same backbone. A model's
-            name there is the name here, or that up to the first comma; others are left out.
+            name there is the name here, or that without its bank; others are left out.
         pictures: Folder for pictures.
 
     Returns:
@@ -49,12 +49,13 @@ def draw_charts(latency: Path, accuracy: Sequence[Path] | None = None, pictures:
 
 def _tested(path: Path) -> pd.DataFrame:
     """Read what was tested at the end of trainings, metrics in percent."""
-    if "fit_minutes" not in path.read_text(encoding="utf-8").partition("\n")[0]:
+    if not path.is_file() or "fit_minutes" not in path.read_text(encoding="utf-8-sig").partition("\n")[0]:
         rows = read_accuracy(path)
         return rows[(rows["protocol"] == PROTOCOLS[0]) & (rows["error"] == "")]
     rows = curves_results(path).frame()
     rows = rows[rows["error"] == ""]
-    rows = rows.loc[rows.groupby(["data", "model", "seed"], sort=False)["epoch"].idxmax()].assign(epochs=rows["epoch"])
+    fits = rows.groupby([name for name in KEY if name != "epoch"], sort=False)
+    rows = rows.loc[fits["epoch"].idxmax()].assign(epochs=rows["epoch"])
     return rows.assign(**{metric: 100 * rows[metric] for metric in SHOWN})
 
 
@@ -89,7 +90,9 @@ def _best(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     rows = rows[~rows["precision"].str.endswith("bf16")]
     metrics = results.groupby(["model", *SETTINGS], sort=False)[list(SHOWN)].mean().groupby("model").last()
     best = rows.loc[rows.groupby("model", sort=False)["median_ms"].idxmin()]
-    names = best["model"].where(best["model"].isin(metrics.index), best["model"].str.split(", ").str[0])
+    names = best["model"].where(
+        best["model"].isin(metrics.index), best["model"].str.replace(r", bank \d+$", "", regex=True)
+    )
     return best.assign(**{metric: names.map(metrics[metric]) for metric in SHOWN}).dropna(subset=SHOWN[0])
 
 
@@ -97,6 +100,7 @@ def _bubbles(best: pd.DataFrame, data: str, path: Path) -> Path:
     """Draw image AUROC and AUPRO over time; the area is the peak memory."""
     figure, axes = plt.subplots(1, len(SHOWN), figsize=(11, 6), layout="constrained")
     for axis, metric in zip(axes, SHOWN, strict=True):
+        axis.set_visible(best[metric].notna().any())  # without masks there is no AUPRO
         for i, row in enumerate(best.to_dict("records")):
             label = f"{row['model']}: {row['precision']}, {short(row['median_ms'])} ms, {row['peak_mib']:.0f} MiB"
             place = row["median_ms"], row[metric]
@@ -112,7 +116,7 @@ def _bubbles(best: pd.DataFrame, data: str, path: Path) -> Path:
         handle.set_sizes([40])
     first = best.iloc[0]
     machine = f"Times of {first.backbone}, {first.processor}, {first.threads} threads; area: peak memory"
-    figure.suptitle(f"{data}, {first.image_size} px\n{machine}", fontsize=9)
+    figure.suptitle(f"{data}, {first.image_size} px: last epoch, tested once, mean of seeds\n{machine}", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -164,7 +164,7 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -
         **options,
     )
     engine.fit(build_model(grid, model), datamodule=datamodule)
-    engine.trainer.save_checkpoint(run_folder(grid, data, model, seed, folder / "curves") / "last.ckpt", True)
+    engine.trainer.save_checkpoint(run_folder(grid, data, model, seed, folder / "curves") / "last.ckpt")
 
 
 def _rows_of(results: Results) -> pd.DataFrame:

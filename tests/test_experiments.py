@@ -12,6 +12,7 @@ from PIL import Image
 
 from anomalib_rdpp import RDPP
 from anomalib_rdpp.benchmark.accuracy import accuracy_results, run_accuracy
+from anomalib_rdpp.benchmark.build import load_trained
 from anomalib_rdpp.benchmark.grid import read_grid
 from anomalib_rdpp.benchmark.latency import latency_results
 from anomalib_rdpp.benchmark.precision import precision_results
@@ -68,7 +69,7 @@ def test_curves_have_a_row_per_test_and_a_bar_and_are_drawn(grid, tmp_path, caps
     assert any(line.startswith("| tiny | averaged | 1 | 2 |") for line in cells(table))
     assert picture.name == "curves_tiny.png"
     assert all(0 <= float(row[name]) <= 1 for row in rows if not row["error"] for name in curves.TOPS)
-    assert list((tmp_path / "curves").rglob("ours/*/last.ckpt")), "the weights stay"
+    assert load_trained(read_grid(config), "tiny", "ours", 0, tmp_path / "curves"), "the trained models stay"
 
 
 def test_one_class_data_and_table(tmp_path, monkeypatch):
@@ -232,7 +233,14 @@ def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_
 
     times = dict.fromkeys(("median_ms", "p10_ms", "p90_ms", "rounds", "peak_mib"), 1)
     fixed = {"backbone": "resnet18", "precision": "fp32", "threads": 2, "image_size": 256}
-    for model in ("RD++", "PatchCore, bank 2048", "PatchCore, bank 16384", "PatchCore, 2 %", "untested"):
+    for model in (
+        "RD++",
+        "RD++, light 1/2",
+        "PatchCore, bank 2048",
+        "PatchCore, bank 16384",
+        "PatchCore, 2 %",
+        "untested",
+    ):
         latency_results(tmp_path / "latency.csv").append({"model": model, **fixed, **times})
     facts = {"epochs": 1, "batch_size": 8, "protocol": "last", "seed": 0}
     for data, size, model, auroc in (
@@ -263,7 +271,7 @@ def test_accuracy_over_latency_is_of_one_data_set_and_has_a_bubble_per_bank(tmp_
         "mtd",
         "cookie_a",
     ]
-    assert titles == ["mtd, 256 px", "cookie/a, 256 px"]
+    assert titles == [f"{data}, 256 px: last epoch, tested once, mean of seeds" for data in ("mtd", "cookie/a")]
     assert drawn == [
         *(("RD++", 50), ("untested", 40)),
         *(("RD++", 25), ("untested", 10)),

@@ -149,9 +149,12 @@ def test_prefix_of_data_parallel_is_stripped(file):
     assert_equal(to_published(load_published(file, **TINY)), stored)
 
 
-def test_light_student_has_no_published_layout():
-    with pytest.raises(ValueError, match="this model's are light ones"):
-        to_published(RDPP(**TINY, student="light"))
+@pytest.mark.parametrize(
+    "options", [{"student": "light"}, {"projection": "light"}, {"bottleneck": "oce"}, {"scales": [3]}]
+)
+def test_light_or_ablated_model_has_no_published_layout(options):
+    with pytest.raises(ValueError, match="this model's are light or ablated"):
+        to_published(RDPP(**TINY, **options))
 
 
 def test_untagged_backbone_gets_the_teacher_of_the_published_programs(file, monkeypatch):

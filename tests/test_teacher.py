@@ -83,6 +83,20 @@ def test_ablations_train_reload_and_refuse_each_other(tmp_path, make_tiny_data):
         build("RDPP").on_load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match=r"with scales '\[1, 3\]', this model has '\[1, 2, 3\]'"):
         build("RDPP", bottleneck="oce").on_load_checkpoint(checkpoint)
+    for name in options:  # a checkpoint of before
+        del checkpoint["hyper_parameters"][name]
+    with pytest.raises(ValueError, match=r"with bottleneck 'mff\+oce', this model has 'oce'"):
+        build("RDPP", **options).on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["paper", "light"])
+@pytest.mark.parametrize("scales", [[1, 2, 3], [1, 3], [2], [3]])
+def test_ablated_student_trains_all_that_it_does_not_freeze(kind, scales):
+    teacher = Teacher("resnet18", pre_trained=False)
+    student = build_student(teacher, kind, scales=scales)
+    sum(feature.sum() for feature in student(teacher(torch.rand(2, 3, 64, 64)))).backward()
+    trained = {name for name, weight in student.named_parameters() if weight.grad is not None}
+    assert trained == {name for name, weight in student.named_parameters() if weight.requires_grad}, "DDP waits for all"
 
 
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "test_efficientnet"])

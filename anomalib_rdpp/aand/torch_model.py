@@ -136,6 +136,9 @@ class AANDModel(nn.Module):
 
 
 def mask_at_scale(mask: torch.Tensor, feature: torch.Tensor, threshold: float = 0.3) -> torch.Tensor:
-    """Bring a mask ``(B, 1, H, W)`` to a feature's size: where more than the official code's share of pixels is set."""
+    """Bring a mask ``(B, 1, H, W)`` to a feature's size: boolean, where more than ``threshold`` of its pixels is set.
+
+    0.3 is the official code's.
+    """
     height, width = feature.shape[-2:]
     return functional.adaptive_avg_pool2d(mask.float(), (height, width)) > threshold

@@ -124,7 +124,7 @@ def load_trained(grid: dict[str, Any], data: str, name: str, seed: int, results:
     for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
         with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
             stored = torch.load(path, "cpu", weights_only=True)
-        if stored["epoch"] + 1 != epochs_of(grid, data, name):
+        if epochs_of(grid, data, name) - stored["epoch"] not in (0, 1):  # stored after the fit, or at its last epoch
             continue
         given, known = (
             {key: value for key, value in state.items() if not key.startswith(("evaluator.", "post_processor."))}

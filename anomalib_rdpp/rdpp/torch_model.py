@@ -19,7 +19,7 @@ from anomalib_rdpp.teacher import Teacher, check_choice, check_images
 class RDPPFeatures(NamedTuple):
     """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse; noisy ones may be none."""
 
-    teacher: list[torch.Tensor]  # at the student's scales
+    teacher: list[torch.Tensor]  # at the student's scales, as student
     noisy_teacher: list[torch.Tensor]
     projected: list[torch.Tensor]
     noisy_projected: list[torch.Tensor]

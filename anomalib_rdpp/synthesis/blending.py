@@ -166,7 +166,11 @@ def estimate_foreground(images: torch.Tensor, sigma: float = 1 / 32) -> torch.Te
 
 
 def find_mask(folder: Path, image_path: Path) -> torch.Tensor:
-    """Read an image's mask: boolean ``(H, W)``, set where the file isn't black; ``ValueError`` if that can't be."""
+    """Read an image's mask: boolean ``(H, W)``, set where the file isn't black.
+
+    Raises:
+        ValueError: If there is none, it can't be read, or it has not the size of the image's file.
+    """
     found = sorted(
         path for path in folder.glob(f"{escape(image_path.stem)}.*") if path.suffix.lower() in IMG_EXTENSIONS
     )
