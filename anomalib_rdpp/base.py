@@ -164,6 +164,8 @@ class DistillationMixin(SafeExportMixin):
         """Refuse, by ``ValueError``, another network's checkpoint before torch lists all its tensors."""
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
+        if stored and "score" not in stored:  # of before the argument: thresholds are those of the maximum
+            self.model.anomaly_map_generator.score = self.hparams["score"] = stored["score"] = "max"
         defaults = signature(type(self)).parameters  # what checkpoints mean that are older than an argument
         for name in sorted(self.structure & self.hparams.keys()) if stored else ():
             theirs, ours = stored.get(name, defaults[name].default), self.hparams[name]

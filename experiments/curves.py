@@ -200,8 +200,7 @@ def curves_table(rows: pd.DataFrame) -> str:
 def draw_curves(rows: pd.DataFrame, pictures: Path) -> list[Path]:
     """Draw image AUROC and AUPRO over the CPU minutes, a picture for each data set: mean of the seeds, thin lines each.
 
-    Models with fewer seeds than the first are left out, and so is the lowest tenth of the values, which the first
-    epochs have.
+    Models with fewer seeds than the first are left out, and so are low values of the first test.
     """
     pictures.mkdir(parents=True, exist_ok=True)
     files = []
@@ -218,12 +217,14 @@ def draw_curves(rows: pd.DataFrame, pictures: Path) -> list[Path]:
                     axis.plot(each["fit_minutes"], 100 * each[metric], color=colour, alpha=0.3, linewidth=0.8)
                 curve = runs.groupby("epoch")[["fit_minutes", metric]].mean()
                 axis.plot(curve["fit_minutes"], 100 * curve[metric], ".-", color=colour, label=model)
-            axis.set_ylim(bottom=100 * shown[metric].quantile(0.1) - 0.1)
+            low = min(shown[metric].quantile(0.1), shown.loc[shown["epoch"] > shown["epoch"].min(), metric].min())
+            axis.set_ylim(bottom=100 * low - 0.1)
             axis.set_xlabel("CPU minutes of training")
             axis.set_ylabel(f"{metric.replace('_', ' ')} in %")
             axis.grid(alpha=0.3)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-        figure.suptitle(f"{data}, {own['image_size'].iloc[0]} px: mean of {seeds.iloc[0]} seeds (thin: each)")
+        said = "one seed" if seeds.iloc[0] == 1 else f"mean of {seeds.iloc[0]} seeds (thin: each)"
+        figure.suptitle(f"{data}, {own['image_size'].iloc[0]} px: {said}")
         files.append(pictures / f"curves_{data.replace('/', '_')}.png")
         figure.savefig(files[-1], dpi=110)
         plt.close(figure)

@@ -415,3 +415,16 @@ def test_plain_rd_trains_its_student_by_distillation_alone():
     idle = {name.split(".")[1] for name, weight in model.model.student.named_parameters() if weight.grad is None}
     assert idle <= {"conv4", "bn4"}  # which the published bottleneck holds and never calls
     assert not [parameter for parameter in model.model.teacher.parameters() if parameter.requires_grad]
+
+
+def test_checkpoint_of_before_scores_by_the_maximum(tmp_path):
+    save_checkpoint(RDPP(**TINY), tmp_path / "new.ckpt")
+    stored = torch.load(tmp_path / "new.ckpt", weights_only=False)
+    for name in ("score", "score_fraction", "bottleneck", "scales"):
+        del stored["hyper_parameters"][name]
+    torch.save(stored, tmp_path / "old.ckpt")
+    images = torch.rand(2, 3, 64, 64)
+    new, old = (RDPP.load_from_checkpoint(tmp_path / f"{age}.ckpt").eval().model(images) for age in ("new", "old"))
+    torch.testing.assert_close(old.anomaly_map, new.anomaly_map)
+    torch.testing.assert_close(old.pred_score, old.anomaly_map.amax((1, 2, 3)))
+    assert (new.pred_score < old.pred_score).all()

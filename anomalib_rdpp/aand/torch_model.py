@@ -54,7 +54,7 @@ class AANDModel(nn.Module):
         width: float = 1.0,
         is_gated: bool = True,
         fixed_scale: float | None = None,
-        score: str = "max",
+        score: str = "top",
         score_fraction: float = 0.01,
     ) -> None:
         super().__init__()

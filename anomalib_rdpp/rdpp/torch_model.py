@@ -45,7 +45,7 @@ class RDPPModel(nn.Module):
         student: str = "auto",
         width: float = 1.0,
         projection: bool | str = True,
-        score: str = "max",
+        score: str = "top",
         score_fraction: float = 0.01,
         bottleneck: str = "mff+oce",
         scales: Sequence[int] = SCALES,
