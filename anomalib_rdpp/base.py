@@ -15,6 +15,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torchvision.transforms.v2 import Resize
 
@@ -164,8 +165,6 @@ class DistillationMixin(SafeExportMixin):
         """Refuse, by ``ValueError``, another network's checkpoint before torch lists all its tensors."""
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
-        if stored and "score" not in stored:  # of before the argument: thresholds are those of the maximum
-            self.model.anomaly_map_generator.score = self.hparams["score"] = stored["score"] = "max"
         defaults = signature(type(self)).parameters  # what checkpoints mean that are older than an argument
         for name in sorted(self.structure & self.hparams.keys()) if stored else ():
             theirs, ours = stored.get(name, defaults[name].default), self.hparams[name]
@@ -186,6 +185,12 @@ class DistillationMixin(SafeExportMixin):
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
+        before = {"score": "max", "score_fraction": 0.01}  # what a checkpoint means that is older than these
+        for name, value in ({**before, **stored} if stored else {}).items():
+            if name in before and value != self.hparams[name]:
+                rank_zero_warn(f"{name} is {value}, as in the checkpoint, whose thresholds are of that scale.")
+                self.hparams[name] = value
+                setattr(self.model.anomaly_map_generator, name, value)
         quantile = (checkpoint.get("anomalib_post_processor_config") or {}).get(QUANTILE)
         if quantile is not None and type(self.post_processor) is PostProcessor:  # anomalib's default: none was chosen
             default, self.post_processor = self.post_processor, NormalThreshold(quantile)

@@ -370,10 +370,12 @@ def test_checkpoint_of_another_backbone_is_named():
     RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18.tv_in1k"}})
 
 
-def test_checkpoint_of_another_score_is_named():
-    """Its thresholds are of another scale."""
-    with pytest.raises(ValueError, match="RDPP with score 'sum', this model has 'max'"):
-        RDPP(**TINY).on_load_checkpoint({"hyper_parameters": {"backbone": TINY["backbone"], "score": "sum"}})
+def test_checkpoint_brings_its_score():
+    """Its thresholds are of that scale."""
+    model = RDPP(**TINY)
+    with pytest.warns(UserWarning, match="score is sum, as in the checkpoint"):
+        model.on_load_checkpoint({"hyper_parameters": {**model.hparams, "score": "sum"}})
+    assert model.model.anomaly_map_generator.score == model.hparams.score == "sum"
 
 
 def test_checkpoint_of_before_any_teacher_loads():

@@ -84,7 +84,7 @@ class AAND(DistillationMixin, AnomalibModule):
         'AAND'
     """
 
-    structure = frozenset({"backbone", "student", "width", "gate", "fixed_scale", "score", "score_fraction"})
+    structure = frozenset({"backbone", "student", "width", "gate", "fixed_scale"})
     model: AANDModel
     loss: AANDLoss
 

@@ -79,9 +79,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         'RDPP'
     """
 
-    structure = frozenset(
-        {"backbone", "student", "width", "projection", "score", "score_fraction", "bottleneck", "scales"}
-    )
+    structure = frozenset({"backbone", "student", "width", "projection", "bottleneck", "scales"})
     model: RDPPModel
     loss: RDPPLoss
 
