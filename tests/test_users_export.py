@@ -144,7 +144,7 @@ def test_openvino_resizes_as_torch_does(mode, tmp_path):
     resize = Resize((64, 96), mode)
     dynamic = torch.export.Dim.DYNAMIC
     torch.onnx.export(
-        torch.nn.Sequential(resize, torch.nn.ReLU()),
+        torch.nn.Sequential(resize, torch.nn.ReLU()).eval(),
         (torch.rand(2, 3, 70, 80),),
         tmp_path / "resize.onnx",
         dynamo=True,
