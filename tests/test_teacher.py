@@ -159,6 +159,17 @@ def test_missing_teacher_without_a_network_is_three_lines_within_ten_seconds(tmp
     assert "--model.pre_trained false" in said[2]
 
 
+def test_missing_teacher_of_a_command_is_three_lines(tiny_folder, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "anomalib.cli.cli", "train", "--model", "RDPP", "--data", "Folder"]
+    command += ["--data.name", "tiny", "--data.root", str(tiny_folder), "--data.normal_dir", "train/good"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    said = ended.stderr[ended.stderr.index("No ImageNet weights of 'wide_resnet50_2.tv_in1k'") :].strip().splitlines()
+    assert len(said) == 3
+
+
 # -- weights from a file
 
 
