@@ -185,9 +185,9 @@ class DistillationMixin(SafeExportMixin):
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
-        before = {"score": "max", "score_fraction": 0.01}  # what a checkpoint means that is older than these
-        for name, value in ({**before, **stored} if stored else {}).items():
-            if name in before and value != self.hparams[name]:
+        for name, before in (("score", "max"), ("score_fraction", 0.01)) if stored else ():  # before the arguments were
+            value = stored.get(name, before)
+            if value != self.hparams[name]:
                 rank_zero_warn(f"{name} is {value}, as in the checkpoint, whose thresholds are of that scale.")
                 self.hparams[name] = value
                 setattr(self.model.anomaly_map_generator, name, value)
