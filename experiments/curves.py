@@ -3,13 +3,18 @@
 python -m experiments.curves experiments/configs/curves.yaml --output results/curves.csv --pictures results
 
 The time of the tests isn't counted. The weights at the end of each fit stay in `curves` beside the CSV. A fit whose
-last epoch is in the CSV is not run again; one that was cut short or failed starts anew.
+last epoch is in the CSV is not run again; one that was cut short or failed starts anew. Several processes fill a GPU,
+which one fit of a ResNet-18 leaves idle most of the time; then each image is read once, and minutes tell nothing.
 """
 
 import logging
 import math
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from copy import copy
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ import pandas as pd
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Batch
+from anomalib.data.datasets import AnomalibDataset
 from anomalib.engine import Engine
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch import Callback
@@ -30,48 +36,71 @@ from anomalib_rdpp.benchmark.cli import run
 from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, run_folder, runs_of
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
-from anomalib_rdpp.synthesis.noise import SimplexNoise
 
 logger = logging.getLogger(__name__)
 
 KEY = ("data", "model", "seed", "epoch", "image_size", "batch_size")
 TOPS = {"AUROC_top_permille": 0.001, "AUROC_top_percent": 0.01, "AUROC_sum": 1.0}  # shares of the map's pixels
-SYNTHETIC = {"AUROC_texture": TextureAnomalies(probability=1), "AUROC_noise": SimplexNoise()}  # on normal test images
-NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance", *TOPS, *SYNTHETIC)
+TEXTURE = "AUROC_texture"  # normal test images and the same with made-up anomalies
+NUMBERS = ("epoch", "steps", "fit_minutes", *METRICS, "val_distance", *TOPS, TEXTURE)
 COLUMNS = (*KEY, *NUMBERS[1:], "commit", "error")  # image_AUROC is that of the model's own score, other scores beside
 SHOWN = ("image_AUROC", "pixel_AUPRO")
 curves_results = partial(Results, "experiments.curves", COLUMNS, KEY, NUMBERS)
 
 
-def run_curves(grid: Path, output: Path = Path("results/curves.csv"), pictures: Path = Path("results")) -> list[Any]:
+def run_curves(
+    grids: Sequence[Path],
+    output: Path = Path("results/curves.csv"),
+    pictures: Path = Path("results"),
+    processes: int = 1,
+) -> list[Any]:
     """Test models every few epochs: accuracy over minutes of training.
 
     Args:
-        grid: YAML as of accuracy, with `every`, the epochs from test to test; a model may have `callbacks`, a list of
-            `class_path` and `init_args`.
+        grids: YAML files as of accuracy, with `every`, the epochs from test to test, which data or a model may have
+            of their own; and `callbacks` of a model, a list of `class_path` and `init_args`.
         output: CSV file, appended to; rows in it are kept.
         pictures: Folder for pictures.
+        processes: Fits at a time, on a GPU.
 
     Returns:
         A table and the pictures.
 
     Raises:
-        ValueError: If the grid doesn't say how often to test, or not so that the last epoch is tested.
+        ValueError: If a grid doesn't say how often to test, or not so that the last epoch is tested.
     """
-    settings, results = read_grid(grid), curves_results(output)
-    if any(epochs_of(settings, data, model) % settings.get("every", math.inf) for data, model, _ in runs_of(settings)):
-        msg = f"'{grid}' needs `every`, the epochs from test to test, which divides the epochs of all models."
-        raise ValueError(msg)
-    sizes = {name: settings[name] for name in ("image_size", "batch_size")}
-    for data, model, seed in runs_of(settings):
-        row = {"data": data, "model": model, "seed": seed, **sizes, "commit": commit()}
-        if results.done({**row, "epoch": epochs_of(settings, data, model)}):
-            continue
-        logger.warning("%s on %s, seed %d", model, data, seed)
-        with results.run({**row, "epoch": 0}):
-            _fit(settings, data, model, seed, Curve(results, row))
+    results, fits = curves_results(output), []
+    for path in grids:
+        grid = read_grid(path)
+        for data, model, seed in runs_of(grid):
+            if epochs_of(grid, data, model) % _every(grid, data, model):
+                msg = f"'{path}' needs `every`, the epochs from test to test, which divides the epochs of all models."
+                raise ValueError(msg)
+            fits.append((grid, data, model, seed, output, processes > 1))
+    if processes > 1:
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            list(pool.map(_fit_unless_done, *zip(*fits, strict=True)))
+    else:
+        for fit in fits:
+            _fit_unless_done(*fit)
     rows = _rows_of(results)
     return [curves_table(rows), "", *draw_curves(rows, pictures)]
+
+
+def _every(grid: dict[str, Any], data: str, model: str) -> float:
+    """Epochs from test to test."""
+    return {**grid, **grid["data"][data], **grid["models"][model]}.get("every", math.inf)
+
+
+def _fit_unless_done(grid: dict[str, Any], data: str, model: str, seed: int, output: Path, keep: bool) -> None:
+    """Train one model and note its rows, or its error."""
+    results, sizes = curves_results(output), {name: grid[name] for name in ("image_size", "batch_size")}
+    row = {"data": data, "model": model, "seed": seed, **sizes, "commit": commit()}
+    if results.done({**row, "epoch": epochs_of(grid, data, model)}):
+        return
+    logger.warning("%s on %s, seed %d", model, data, seed)
+    with results.run({**row, "epoch": 0}):
+        _fit(grid, data, model, seed, Curve(results, row), keep)
 
 
 class Curve(Callback):
@@ -101,7 +130,7 @@ class Curve(Callback):
         del trainer, pl_module
         self.seconds += time.process_time() - self.start
         self.scores: list[torch.Tensor] = []
-        self.made_up: dict[str, list[torch.Tensor]] = {name: [] for name in SYNTHETIC}
+        self.made_up: list[torch.Tensor] = []
 
     @torch.no_grad()
     def on_validation_batch_end(
@@ -110,13 +139,12 @@ class Curve(Callback):
         """Score the maps in other ways than the model does, and normal images with the same anomalies each time."""
         del trainer, batch, args
         is_normal = ~outputs.gt_label.bool()
-        for name, anomalies in SYNTHETIC.items() if is_normal.any() else ():
+        if is_normal.any():
             with torch.random.fork_rng():
                 torch.manual_seed(batch_idx)
-                made = anomalies(outputs.image[is_normal])
-            images = made[0] if isinstance(made, tuple) else made
+                images = TextureAnomalies(probability=1)(outputs.image[is_normal])[0]
             pairs = [outputs.pred_score[is_normal], pl_module.model(images).pred_score]
-            self.made_up[name] += [torch.stack([each, torch.full_like(each, i)], 1) for i, each in enumerate(pairs)]
+            self.made_up += [torch.stack([each, torch.full_like(each, i)], 1) for i, each in enumerate(pairs)]
         pixels = outputs.anomaly_map.flatten(1).double()
         tops = [pixels.topk(max(1, round(share * pixels.shape[1])))[0].mean(1) for share in TOPS.values()]
         self.scores.append(torch.stack([*tops, outputs.gt_label], dim=1))
@@ -130,7 +158,7 @@ class Curve(Callback):
         )
         *tops, labels = torch.cat(self.scores).T
         found = {name: (scores, labels) for name, scores in zip(TOPS, tops, strict=True)}
-        found |= {name: torch.cat(pairs).double().T for name, pairs in self.made_up.items() if pairs}
+        found |= {TEXTURE: torch.cat(self.made_up).double().T} if self.made_up else {}
         for name, (scores, truth) in found.items():
             row[name] = round(float(auroc(scores / (1 + scores), truth.long(), "binary")), 4)
         if "val_distance" in known:
@@ -146,17 +174,19 @@ class Curve(Callback):
         self.bar.close()
 
 
-def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -> None:
+def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve, keep: bool) -> None:
     """Train one model, test it every few epochs."""
     seed_everything(seed, workers=True)
     datamodule, folder = build_datamodule(grid, data), curve.results.path.parent
     datamodule.val_data = datamodule.test_data
+    for dataset in (datamodule.train_data, datamodule.val_data) if keep else ():
+        keep_images(dataset)
     own = grid["models"][model]
     options = {"enable_progress_bar": False, **grid.get("trainer", {}), **own.get("trainer", {})}
     others = [instantiate_class((), each) for each in own.get("callbacks", ())]
     engine = Engine(
         max_epochs=epochs_of(grid, data, model),
-        check_val_every_n_epoch=grid["every"],
+        check_val_every_n_epoch=_every(grid, data, model),
         default_root_dir=folder / "curves",
         num_sanity_val_steps=0,
         logger=False,
@@ -164,7 +194,21 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve) -
         **options,
     )
     engine.fit(build_model(grid, model), datamodule=datamodule)
-    engine.trainer.save_checkpoint(run_folder(grid, data, model, seed, folder / "curves") / "last.ckpt")
+    engine.trainer.save_checkpoint(
+        run_folder(grid, data, model, seed, folder / "curves") / "last.ckpt", weights_only=True
+    )
+
+
+def keep_images(dataset: AnomalibDataset) -> None:
+    """Let a dataset read each file once, and keep it in memory."""
+    base, items = type(dataset), {}
+
+    def get_item(self: AnomalibDataset, index: int) -> object:
+        if index not in items:
+            items[index] = base.__getitem__(self, index)
+        return copy(items[index])  # anomalib's collate resizes what it is given
+
+    dataset.__class__ = type(base.__name__, (base,), {"__getitem__": get_item})
 
 
 def _rows_of(results: Results) -> pd.DataFrame:

@@ -33,6 +33,28 @@ def test_model_trains_on_the_gpu(model_class, precision, tiny_data, tmp_path):
     assert trainer.global_step == 2
 
 
+@pytest.mark.parametrize("model_class", [RDPP, AAND])
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_training_resumes_on_the_gpu(model_class, strategy, make_tiny_data, tmp_path):
+    def fit(epochs, **given):
+        trainer = Trainer(
+            max_epochs=epochs, accelerator="gpu", devices=1, strategy=strategy, precision="bf16-mixed", logger=False,
+            default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0,
+        )  # fmt: skip
+        model = model_class(**SMALL, pre_processor=model_class.configure_pre_processor((64, 64)))
+        trainer.fit(model, datamodule=make_tiny_data(), **given)
+        return trainer
+
+    fit(2).save_checkpoint(tmp_path / "last.ckpt")
+    assert fit(3, ckpt_path=tmp_path / "last.ckpt", weights_only=False).global_step == 6
+
+
+@pytest.mark.parametrize("kind", ["to_openvino", "to_onnx", "to_torch"])
+def test_model_on_the_gpu_is_exported(kind, tmp_path):
+    model = RDPP(**SMALL, pre_processor=RDPP.configure_pre_processor((64, 64))).cuda()
+    assert getattr(model, kind)(tmp_path).is_file()
+
+
 @pytest.mark.parametrize("projection", [True, False])
 def test_step_of_training_never_waits_for_the_gpu(projection, monkeypatch):
     model = RDPP(**SMALL, projection=projection).cuda().train()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+import torch
 import yaml
 from openvino import opset13 as ops
 from PIL import Image
@@ -17,7 +18,7 @@ from anomalib_rdpp.benchmark.grid import read_grid
 from anomalib_rdpp.benchmark.latency import latency_results
 from anomalib_rdpp.benchmark.precision import precision_results
 from anomalib_rdpp.benchmark.report import read_accuracy
-from experiments import analyses, chart, curves, int8_recipes, oneclass, papers
+from experiments import analyses, chart, curves, gpu, int8_recipes, oneclass, papers
 from experiments.anomalies import draw_anomalies
 from experiments.profile import layer_table
 from experiments.steps import run_steps, steps_results
@@ -54,9 +55,9 @@ def test_curves_have_a_row_per_test_and_a_bar_and_are_drawn(grid, tmp_path, caps
     models = {"ours": TOY, "another": broken, "averaged": {**TOY, "callbacks": [average]}}
     config, output = grid(models, every=4)
     with pytest.raises(ValueError, match="needs `every`, the epochs from test to test, which divides"):
-        curves.run_curves(config, output)
+        curves.run_curves([config], output)
     config, output = grid(models, every=1)
-    table, _, picture = curves.run_curves(config, output, tmp_path / "pictures")
+    table, _, picture = curves.run_curves([config], output, tmp_path / "pictures")
     assert "ours on tiny: 100%" in capsys.readouterr().err
     rows = curves.curves_results(output).rows()
     known = [(row["model"], row["epoch"]) for row in rows if not row["error"]]
@@ -64,12 +65,44 @@ def test_curves_have_a_row_per_test_and_a_bar_and_are_drawn(grid, tmp_path, caps
     assert [row["model"] for row in rows if row["error"]] == ["another"]
     minutes = [float(row["fit_minutes"]) for row in rows if row["model"] == "ours"]
     assert 0 <= minutes[0] <= minutes[1]
-    curves.run_curves(config, output, tmp_path / "pictures")
+    curves.run_curves([config], output, tmp_path / "pictures")
     assert len([row for row in curves.curves_results(output).rows() if not row["error"]]) == 4, "not run again"
     assert any(line.startswith("| tiny | averaged | 1 | 2 |") for line in cells(table))
     assert picture.name == "curves_tiny.png"
     assert all(0 <= float(row[name]) <= 1 for row in rows if not row["error"] for name in curves.TOPS)
     assert load_trained(read_grid(config), "tiny", "ours", 0, tmp_path / "curves"), "the trained models stay"
+
+
+def test_curves_of_several_processes_are_those_of_one(grid, tmp_path):
+    config, output = grid({"ours": {**TOY, "every": 2}, "broken": {"class_path": "anomalib.models.Nothing"}}, every=1)
+    found = {}
+    for processes in (1, 2):
+        curves.run_curves([config], output.with_stem(f"rows{processes}"), tmp_path, processes)
+        rows = curves.curves_results(output.with_stem(f"rows{processes}")).rows()
+        assert sorted(row["epoch"] for row in rows) == ["0", "2"], "an error, and one test"
+        found[processes] = [{**row, "fit_minutes": ""} for row in rows if not row["error"]]
+    assert found[1] == found[2]
+
+
+def test_images_that_are_kept_are_those_of_the_files(tiny_data):
+    tiny_data.setup()
+    dataset = tiny_data.train_data
+    expected = [dataset[i].image.clone() for i in (0, 1, 0)]
+    curves.keep_images(dataset)
+    for i, image in zip((0, 1, 0), expected, strict=True):
+        item = dataset[i]
+        torch.testing.assert_close(item.image, image)
+        item.image = item.image[:, :8]  # as anomalib's collate does where sizes differ
+
+
+def test_times_of_steps(tmp_path):
+    table = gpu.run_gpu(tmp_path / "gpu.csv", ["resnet18"], ["32-true"], ["AAND, stage one", "RD"], 32, 2, windows=1)
+    rows = gpu.gpu_results(tmp_path / "gpu.csv").rows()
+    assert [row["model"] for row in rows if not row["error"] and float(row["median_ms"]) > 0] == [
+        "AAND, stage one",
+        "RD",
+    ]
+    assert len(cells(table)) == 4
 
 
 def test_one_class_data_and_table(tmp_path, monkeypatch):

@@ -43,9 +43,8 @@ def _parser_of(command: Command, program: str | None = None) -> ArgumentParser:
         if parameter.annotation is bool:
             parser.add_argument(option, action="store_true", help=about)
         elif lists:
-            names, given = (
-                (name, {}) if parameter.default is Parameter.empty else (option, {"default": parameter.default})
-            )
+            default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+            names, given = (name, {}) if default is Parameter.empty else (option, {"default": default})
             parser.add_argument(names, nargs="+", type=get_args(lists[0])[0], help=about, **given)
         else:
             continue

@@ -16,7 +16,7 @@ class Count(int):
 
 
 # What a key holds: a type, [what each item is], {"": what each value is}, {key: what it holds}, (a list, or a mapping).
-ENTRY = {"class_path": str, "init_args": dict, "epochs": Count}
+ENTRY = {"class_path": str, "init_args": dict, "epochs": Count, "every": Count}
 MODEL = {
     **ENTRY, "image_size": Count, "trainer": dict, "callbacks": [dict], "ckpt_path": str, "fill": str, "bank": Count,
 }  # fmt: skip
