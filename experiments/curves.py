@@ -34,6 +34,7 @@ from tqdm import tqdm
 from anomalib_rdpp.benchmark.build import METRICS, build_datamodule, build_model, in_row
 from anomalib_rdpp.benchmark.cli import run
 from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, run_folder, runs_of
+from anomalib_rdpp.benchmark.report import mean_and_spread
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
 
@@ -49,19 +50,22 @@ curves_results = partial(Results, "experiments.curves", COLUMNS, KEY, NUMBERS)
 
 
 def run_curves(
-    grids: Sequence[Path],
+    grids: Sequence[Path] = (),
     output: Path = Path("results/curves.csv"),
     pictures: Path = Path("results"),
     processes: int = 1,
+    over_steps: bool = False,
 ) -> list[Any]:
     """Test models every few epochs: accuracy over minutes of training.
 
     Args:
         grids: YAML files as of accuracy, with `every`, the epochs from test to test, which data or a model may have
-            of their own; and `callbacks` of a model, a list of `class_path` and `init_args`.
+            of their own; and `callbacks` of a model, a list of `class_path` and `init_args`. Without
+            any, what is stored is shown.
         output: CSV file, appended to; rows in it are kept.
         pictures: Folder for pictures.
         processes: Fits at a time, on a GPU.
+        over_steps: Draw over steps and not over minutes.
 
     Returns:
         A table and the pictures.
@@ -84,7 +88,7 @@ def run_curves(
         for fit in fits:
             _fit_unless_done(*fit)
     rows = _rows_of(results)
-    return [curves_table(rows), "", *draw_curves(rows, pictures)]
+    return [curves_table(rows), "", *draw_curves(rows, pictures, "steps" if over_steps else "fit_minutes")]
 
 
 def _every(grid: dict[str, Any], data: str, model: str) -> float:
@@ -220,29 +224,29 @@ def _rows_of(results: Results) -> pd.DataFrame:
 def curves_table(rows: pd.DataFrame) -> str:
     """Make a Markdown table of each setting's end, and of when it came to where the first one ended.
 
-    Means are over seeds in percent, up to the last epoch that all of them have; minutes are those of the CPU, without
-    tests.
+    Means and deviations are over seeds in percent, at the last epoch that all of them have; minutes are those of the
+    CPU, without tests.
     """
     lines = []
     for (data, _), own in rows.groupby(["data", "image_size"], sort=False):
         ends: dict[str, float] = {}
         for (model, _), runs in own.groupby(["model", "batch_size"], sort=False):
-            common = runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()
-            curve = runs[common].groupby("epoch")[["fit_minutes", *SHOWN]].mean()
-            last = curve.iloc[-1]
-            ends = ends or {name: last[name] for name in SHOWN}
+            common = runs[runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()]
+            curve = common.groupby("epoch")[["fit_minutes", *SHOWN]].mean()
+            ends = ends or {name: curve[name].iloc[-1] for name in SHOWN}
             reached = [curve.loc[curve[name] >= end, "fit_minutes"].min() for name, end in ends.items()]
-            line = {"data": data, "model": model, "seeds": str(runs["seed"].nunique()), "epochs": str(curve.index[-1])}
-            line |= {"minutes": f"{last['fit_minutes']:.1f}"}
-            line |= {name: f"{100 * last[key]:.1f}" for name, key in zip(("image AUROC", "AUPRO"), SHOWN, strict=True)}
+            last = common[common["epoch"] == curve.index[-1]]
+            line = {"data": data, "model": model, "seeds": str(len(last)), "epochs": str(curve.index[-1])}
+            line |= {"steps": f"{last['steps'].iloc[0]:.0f}", "minutes": f"{last['fit_minutes'].mean():.1f}"}
+            line |= {name.replace("_", " "): mean_and_spread(100 * last[name]) for name in METRICS[:3]}
             for name, minutes in zip(("minutes to the first's AUROC", "its AUPRO"), reached, strict=True):
                 line[name] = "-" if pd.isna(minutes) else f"{minutes:.1f}"
             lines.append(line)
     return markdown(lines)
 
 
-def draw_curves(rows: pd.DataFrame, pictures: Path) -> list[Path]:
-    """Draw image AUROC and AUPRO over the CPU minutes, a picture for each data set: mean of the seeds, thin lines each.
+def draw_curves(rows: pd.DataFrame, pictures: Path, over: str = "fit_minutes") -> list[Path]:
+    """Draw image AUROC and AUPRO over CPU minutes or steps, a picture a data set: mean of seeds, thin lines each.
 
     Models with fewer seeds than the first are left out, and so are low values of the first test.
     """
@@ -258,12 +262,12 @@ def draw_curves(rows: pd.DataFrame, pictures: Path) -> list[Path]:
             for i, ((model, _), runs) in enumerate(shown.groupby(["model", "batch_size"], sort=False)):
                 colour = plt.get_cmap("tab10")(i % 10)
                 for _, each in runs.groupby("seed"):
-                    axis.plot(each["fit_minutes"], 100 * each[metric], color=colour, alpha=0.3, linewidth=0.8)
-                curve = runs.groupby("epoch")[["fit_minutes", metric]].mean()
-                axis.plot(curve["fit_minutes"], 100 * curve[metric], ".-", color=colour, label=model)
+                    axis.plot(each[over], 100 * each[metric], color=colour, alpha=0.3, linewidth=0.8)
+                curve = runs.groupby("epoch")[[over, metric]].mean()
+                axis.plot(curve[over], 100 * curve[metric], ".-", color=colour, label=model)
             low = min(shown[metric].quantile(0.1), shown.loc[shown["epoch"] > shown["epoch"].min(), metric].min())
             axis.set_ylim(bottom=100 * low - 0.1)
-            axis.set_xlabel("CPU minutes of training")
+            axis.set_xlabel({"steps": "steps", "fit_minutes": "CPU minutes of training"}[over])
             axis.set_ylabel(f"{metric.replace('_', ' ')} in %")
             axis.grid(alpha=0.3)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)

@@ -44,8 +44,9 @@ def _parser_of(command: Command, program: str | None = None) -> ArgumentParser:
             parser.add_argument(option, action="store_true", help=about)
         elif lists:
             default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
-            names, given = (name, {}) if default is Parameter.empty else (option, {"default": default})
-            parser.add_argument(names, nargs="+", type=get_args(lists[0])[0], help=about, **given)
+            names, given = (name, {}) if default in (Parameter.empty, []) else (option, {"default": default})
+            count = "*" if default == [] else "+"
+            parser.add_argument(names, nargs=count, type=get_args(lists[0])[0], help=about, **given)
         else:
             continue
         by_hand.add(name)
