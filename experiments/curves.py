@@ -2,9 +2,10 @@
 
 python -m experiments.curves experiments/configs/curves.yaml --output results/curves.csv --pictures results
 
-The time of the tests isn't counted. The weights at the end of each fit stay in `curves` beside the CSV. A fit whose
-last epoch is in the CSV is not run again; one that was cut short or failed starts anew. Several processes fill a GPU,
-which one fit of a ResNet-18 leaves idle most of the time; then each image is read once, and minutes tell nothing.
+The time of the tests isn't counted. The weights at the end of each fit, without the optimiser's state, stay in `curves`
+beside the CSV. A fit whose last epoch is in the CSV is not run again; one that was cut short or failed starts anew.
+Several processes fill a GPU, which one fit of a ResNet-18 leaves idle most of the time; then each image is read once by
+each process and kept in memory, and minutes tell nothing.
 """
 
 import logging
@@ -12,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from functools import partial
 from multiprocessing import get_context
@@ -82,8 +84,11 @@ def run_curves(
                 raise ValueError(msg)
             fits.append((grid, data, model, seed, output, processes > 1))
     if processes > 1:
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            list(pool.map(_fit_unless_done, *zip(*fits, strict=True)))
+        try:
+            with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+                list(pool.map(_fit_unless_done, *zip(*fits, strict=True)))
+        except BrokenProcessPool:  # out of memory, most of the time
+            logger.exception("a process died: run the rest again, with fewer")
     else:
         for fit in fits:
             _fit_unless_done(*fit)
@@ -184,7 +189,8 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve, k
     datamodule, folder = build_datamodule(grid, data), curve.results.path.parent
     datamodule.val_data = datamodule.test_data
     for dataset in (datamodule.train_data, datamodule.val_data) if keep else ():
-        keep_images(dataset)
+        if dataset.augmentations is None:  # they come out of the dataset anew each time
+            keep_images(dataset)
     own = grid["models"][model]
     options = {"enable_progress_bar": False, **grid.get("trainer", {}), **own.get("trainer", {})}
     others = [instantiate_class((), each) for each in own.get("callbacks", ())]
@@ -232,6 +238,7 @@ def curves_table(rows: pd.DataFrame) -> str:
         ends: dict[str, float] = {}
         for (model, _), runs in own.groupby(["model", "batch_size"], sort=False):
             common = runs[runs.groupby("epoch")["seed"].transform("nunique") == runs["seed"].nunique()]
+            common = runs if common.empty else common
             curve = common.groupby("epoch")[["fit_minutes", *SHOWN]].mean()
             ends = ends or {name: curve[name].iloc[-1] for name in SHOWN}
             reached = [curve.loc[curve[name] >= end, "fit_minutes"].min() for name, end in ends.items()]
@@ -246,13 +253,13 @@ def curves_table(rows: pd.DataFrame) -> str:
 
 
 def draw_curves(rows: pd.DataFrame, pictures: Path, over: str = "fit_minutes") -> list[Path]:
-    """Draw image AUROC and AUPRO over CPU minutes or steps, a picture a data set: mean of seeds, thin lines each.
+    """Draw image AUROC and AUPRO over CPU minutes or steps, a picture for each data set and size.
 
-    Models with fewer seeds than the first are left out, and so are low values of the first test.
+    Thick lines are means of seeds, thin ones each of them. Models with fewer seeds than the first are left out, and so are low values of the first test.
     """
     pictures.mkdir(parents=True, exist_ok=True)
     files = []
-    for data, own in rows.groupby("data", sort=False):
+    for (data, size), own in rows.groupby(["data", "image_size"], sort=False):
         seeds = own.groupby("model", sort=False)["seed"].nunique()
         shown = own[own["model"].isin(seeds.index[seeds >= seeds.iloc[0]])]
         figure, axes = plt.subplots(1, len(SHOWN), figsize=(12, 5), layout="constrained")
@@ -272,8 +279,8 @@ def draw_curves(rows: pd.DataFrame, pictures: Path, over: str = "fit_minutes") -
             axis.grid(alpha=0.3)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
         said = "one seed" if seeds.iloc[0] == 1 else f"mean of {seeds.iloc[0]} seeds (thin: each)"
-        figure.suptitle(f"{data}, {own['image_size'].iloc[0]} px: {said}")
-        files.append(pictures / f"curves_{data.replace('/', '_')}.png")
+        figure.suptitle(f"{data}, {size} px: {said}")
+        files.append(pictures / f"curves_{data.replace('/', '_')}_{size}px.png")
         figure.savefig(files[-1], dpi=110)
         plt.close(figure)
     return files

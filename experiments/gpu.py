@@ -79,6 +79,8 @@ def run_gpu(
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         row = {"model": model, "backbone": backbone, "precision": precision, "image_size": size, "batch_size": batch}
         row |= {"device": device, "torch": torch.__version__, "commit": commit()}
+        if results.done(row):
+            continue
         with results.run(row):
             row |= _time(model, backbone, precision, size, batch, windows)
             results.append(row)

@@ -68,7 +68,7 @@ def test_curves_have_a_row_per_test_and_a_bar_and_are_drawn(grid, tmp_path, caps
     curves.run_curves([config], output, tmp_path / "pictures")
     assert len([row for row in curves.curves_results(output).rows() if not row["error"]]) == 4, "not run again"
     assert any(line.startswith("| tiny | averaged | 1 | 2 |") for line in cells(table))
-    assert picture.name == "curves_tiny.png"
+    assert picture.name == "curves_tiny_64px.png"
     assert all(0 <= float(row[name]) <= 1 for row in rows if not row["error"] for name in curves.TOPS)
     assert load_trained(read_grid(config), "tiny", "ours", 0, tmp_path / "curves"), "the trained models stay"
 
