@@ -255,7 +255,8 @@ def curves_table(rows: pd.DataFrame) -> str:
 def draw_curves(rows: pd.DataFrame, pictures: Path, over: str = "fit_minutes") -> list[Path]:
     """Draw image AUROC and AUPRO over CPU minutes or steps, a picture for each data set and size.
 
-    Thick lines are means of seeds, thin ones each of them. Models with fewer seeds than the first are left out, and so are low values of the first test.
+    Thick lines are means of seeds, thin ones each of them. Models with fewer seeds than the first are left out, and so
+    are low values of the first test.
     """
     pictures.mkdir(parents=True, exist_ok=True)
     files = []

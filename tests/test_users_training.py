@@ -14,7 +14,7 @@ from anomalib_rdpp import AAND, RDPP
 
 def build(model_class=RDPP):
     resize = model_class.configure_pre_processor((64, 64))
-    return model_class("resnet18", pre_trained=False, pre_processor=resize, evaluator=False, visualizer=False)
+    return model_class("test_resnet", pre_trained=False, pre_processor=resize, evaluator=False, visualizer=False)
 
 
 @pytest.fixture
