@@ -132,7 +132,17 @@ def test_one_class_data_and_table(tmp_path, monkeypatch):
 
 def test_stored_rows_of_experiments_are_read():
     of_curves = dict.fromkeys(
-        ("curves", "fast_recipe", "long", "oneclass", "gpu_long", "gpu_ablation", "gpu_fast_200", "gpu_fast_800"),
+        (
+            "curves",
+            "fast_recipe",
+            "fast_light",
+            "long",
+            "oneclass",
+            "gpu_long",
+            "gpu_ablation",
+            "gpu_fast_200",
+            "gpu_fast_800",
+        ),
         curves.curves_results,
     )
     stored = {**of_curves, "steps": steps_results, "gpu_steps": gpu.gpu_results, "analyses": analyses.analyses_results}
