@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from anomalib_rdpp import AAND, RDPP
 from anomalib_rdpp.benchmark.cli import run
+from anomalib_rdpp.benchmark.grid import refuse_unknown
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
 
 WINDOW = 10  # steps
@@ -33,6 +34,7 @@ MODELS = {
 }
 KEY = ("model", "backbone", "precision", "image_size", "batch_size", "device", "torch", "commit")
 NUMBERS = ("median_ms", "min_ms", "max_ms", "images_per_second", "peak_mib", "first_seconds")
+SHOWN = ("model", "backbone", "precision", *NUMBERS)
 gpu_results = partial(Results, "experiments.gpu", (*KEY, *NUMBERS, "error"), KEY, NUMBERS)
 
 
@@ -72,9 +74,13 @@ def run_gpu(
         windows: Of ten steps each.
 
     Returns:
-        A Markdown table.
+        A Markdown table of the CSV.
+
+    Raises:
+        ValueError: If a model is unknown.
     """
-    results, lines = gpu_results(output), []
+    refuse_unknown(models, MODELS)
+    results = gpu_results(output)
     for backbone, precision, model in product(backbones, precisions, models):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         row = {"model": model, "backbone": backbone, "precision": precision, "image_size": size, "batch_size": batch}
@@ -84,8 +90,7 @@ def run_gpu(
         with results.run(row):
             row |= _time(model, backbone, precision, size, batch, windows)
             results.append(row)
-            lines.append({name: str(row[name]) for name in ("model", "backbone", "precision", *NUMBERS)})
-    return markdown(lines)
+    return markdown([{name: row[name] for name in SHOWN} for row in results.rows() if not row["error"]])
 
 
 def _time(model: str, backbone: str, precision: str, size: int, batch: int, windows: int) -> dict[str, Any]:
