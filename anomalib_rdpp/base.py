@@ -3,7 +3,10 @@
 A mixin, not a base class: anomalib's ``get_model`` and ``list_models`` look one level below ``AnomalibModule``.
 """
 
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,18 @@ class DistillationMixin(SafeExportMixin):
         """Load a checkpoint without fetching the teacher, whose weights it holds; arguments as anomalib's."""
         kwargs = {"pre_trained": False, "teacher_weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """End a command of anomalib with the text of a refused argument: jsonargparse would bury it in 190 lines."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        program = Path(sys.argv[0])
+        if program.stem == "anomalib" or program.parts[-3:] == ("anomalib", "cli", "cli.py"):
+            raise SystemExit(str(error)) from None
+        raise
 
 
 def _parts(state: dict[str, Any]) -> set[str]:

@@ -1,7 +1,6 @@
 """Teacher: the frozen ImageNet network whose features all three methods compare, any CNN of timm."""
 
 import re
-import sys
 from collections.abc import Collection
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -228,10 +227,7 @@ def _check_hub(backbone: str) -> None:
             "or a random teacher for a trial, or if a checkpoint brings it: pre_trained=False "
             "(--model.pre_trained false)."
         )
-        program = Path(sys.argv[0])
-        is_command = program.stem == "anomalib" or program.parts[-3:] == ("anomalib", "cli", "cli.py")
-        # jsonargparse, which builds a command's model, would bury any other exception in 190 lines.
-        raise (SystemExit if is_command else FileNotFoundError)(msg) from None
+        raise FileNotFoundError(msg) from None
 
 
 def _in_order(name: str, path: Path) -> dict[str, torch.Tensor]:

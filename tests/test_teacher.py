@@ -170,6 +170,21 @@ def test_missing_teacher_of_a_command_is_three_lines(tiny_folder, tmp_path):
     assert len(said) == 3
 
 
+@pytest.mark.parametrize("model", [RDPP, AAND])
+@pytest.mark.parametrize("argv", [["/usr/bin/anomalib"], ["/lib/anomalib/cli/cli.py"]])
+def test_refused_argument_of_a_command_is_its_text_alone(monkeypatch, model, argv):
+    monkeypatch.setattr(sys, "argv", argv)
+    for arguments, message in (
+        ({"width": -1.0, "student": "light"}, "width must"),
+        ({"backbone": "rsnet18"}, "resnet18"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            model(**TINY | arguments)
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    with pytest.raises(ValueError, match="recipe must be one of"):
+        model(**TINY, recipe="quick")
+
+
 # -- weights from a file
 
 

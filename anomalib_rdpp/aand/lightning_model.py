@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_rdpp.base import DistillationMixin
+from anomalib_rdpp.base import DistillationMixin, short_errors
 from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
 from anomalib_rdpp.teacher import check_choice
@@ -116,25 +116,26 @@ class AAND(DistillationMixin, AnomalibModule):
         visualizer: Visualizer | bool = True,
         layers: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        if not 0 < amplifier_share < 1:
-            msg = (
-                f"amplifier_share must be between 0 and 1, got {amplifier_share}: both stages need epochs; "
-                f"the paper's are 100 of 220."
+        with short_errors():
+            super().__init__(pre_processor, post_processor, evaluator, visualizer)
+            if not 0 < amplifier_share < 1:
+                msg = (
+                    f"amplifier_share must be between 0 and 1, got {amplifier_share}: both stages need epochs; "
+                    f"the paper's are 100 of 220."
+                )
+                raise ValueError(msg)
+            check_choice("recipe", recipe, LEARNING_RATES)
+            self.anomalies = TextureAnomalies(texture_dir, foreground, foreground_dir, anomaly_probability)
+            self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
+            self.model = AANDModel(
+                backbone, pre_trained, teacher_weights, student, width, gate, fixed_scale, score, score_fraction
             )
-            raise ValueError(msg)
-        check_choice("recipe", recipe, LEARNING_RATES)
-        self.anomalies = TextureAnomalies(texture_dir, foreground, foreground_dir, anomaly_probability)
-        self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
-        self.model = AANDModel(
-            backbone, pre_trained, teacher_weights, student, width, gate, fixed_scale, score, score_fraction
-        )
-        rates = (amplifier_lr, student_lr)
-        self.learning_rates = [LEARNING_RATES[recipe] if rate is None else rate for rate in rates]
-        self.amplifier_epochs: int | None = 0  # None where time alone ends the training
-        self.amplifier_end = 0.0  # share of the training at which stage two starts
-        self.resumed_amplifier_epochs: int | None = None
-        self.resumed_in_stage_two = False
+            rates = (amplifier_lr, student_lr)
+            self.learning_rates = [LEARNING_RATES[recipe] if rate is None else rate for rate in rates]
+            self.amplifier_epochs: int | None = 0  # None where time alone ends the training
+            self.amplifier_end = 0.0  # share of the training at which stage two starts
+            self.resumed_amplifier_epochs: int | None = None
+            self.resumed_in_stage_two = False
 
     def setup(self, stage: str) -> None:
         """Look for the folders of textures and masks, which only training needs."""

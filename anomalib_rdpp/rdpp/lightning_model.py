@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
-from anomalib_rdpp.base import DistillationMixin
+from anomalib_rdpp.base import DistillationMixin, short_errors
 from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.student import SCALES
 from anomalib_rdpp.synthesis.noise import SimplexNoise
@@ -113,32 +113,33 @@ class RDPP(DistillationMixin, AnomalibModule):
         layers: Sequence[str] | None = None,
         transport: str | None = None,
     ) -> None:
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        check_choice("recipe", recipe, LEARNING_RATES)
-        self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
-        self.hparams["scales"] = list(scales)
-        self.hparams["transport_weight"] = _weight_of(transport, transport_weight)
-        self.loss = RDPPLoss(
-            projection_weight,
-            self.hparams["transport_weight"],
-            reconstruction_weight,
-            contrast_weight,
-            transport_positions,
-        )
-        self.model = RDPPModel(
-            backbone,
-            pre_trained,
-            teacher_weights,
-            student,
-            width,
-            projection,
-            score,
-            score_fraction,
-            bottleneck,
-            scales,
-        )
-        rates = zip((projection_lr, student_lr), LEARNING_RATES[recipe], strict=True)
-        self.learning_rates = [default if rate is None else rate for rate, default in rates]
+        with short_errors():
+            super().__init__(pre_processor, post_processor, evaluator, visualizer)
+            check_choice("recipe", recipe, LEARNING_RATES)
+            self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
+            self.hparams["scales"] = list(scales)
+            self.hparams["transport_weight"] = _weight_of(transport, transport_weight)
+            self.loss = RDPPLoss(
+                projection_weight,
+                self.hparams["transport_weight"],
+                reconstruction_weight,
+                contrast_weight,
+                transport_positions,
+            )
+            self.model = RDPPModel(
+                backbone,
+                pre_trained,
+                teacher_weights,
+                student,
+                width,
+                projection,
+                score,
+                score_fraction,
+                bottleneck,
+                scales,
+            )
+            rates = zip((projection_lr, student_lr), LEARNING_RATES[recipe], strict=True)
+            self.learning_rates = [default if rate is None else rate for rate, default in rates]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give projection and student their learning rates; the official code's two Adams are one with two groups."""
