@@ -49,22 +49,22 @@ def write_folders(dataset: Literal["CIFAR10", "FashionMNIST", "MNIST"], folder: 
 
 
 def class_table(rows: Path) -> str:
-    """Print image AUROC in percent of each class and their mean, by the map's maximum and by its sum.
+    """Print image AUROC in percent of each class and their mean, by the model's own score and by the map's sum.
 
     Args:
         rows: CSV file of experiments.curves.
 
     Returns:
-        A Markdown table, a line for each model, seed, number of steps and score.
+        A Markdown table, a line for each model, size, seed, number of steps and score.
     """
     frame = curves_results(rows).frame()
     frame = frame[frame["error"] == ""]
-    scores = {"maximum": "image_AUROC", "sum": "AUROC_sum"}
+    scores = {"its own": "image_AUROC", "sum": "AUROC_sum"}
     lines = []
-    for (model, seed, steps), own in frame.groupby(["model", "seed", "steps"], sort=False):
+    for (model, size, seed, steps), own in frame.groupby(["model", "image_size", "seed", "steps"], sort=False):
         for score, metric in scores.items():
             classes = own.set_index("data")[metric] * 100
-            line = {"model": model, "seed": str(seed), "steps": str(steps), "score": score}
+            line = {"model": model, "px": str(size), "seed": str(seed), "steps": str(steps), "score": score}
             line |= {name.rpartition("/")[2]: f"{value:.1f}" for name, value in classes.items()}
             lines.append({**line, "mean": f"{classes.mean():.2f}", "CPU min": f"{own['fit_minutes'].mean():.1f}"})
     return markdown(lines)

@@ -120,13 +120,14 @@ def test_one_class_data_and_table(tmp_path, monkeypatch):
     assert found[:3] == ["test/1/00001.png", "test/1/00002.png", "test/T-shirt-top/00000.png"]
     with pytest.raises(FileExistsError, match="exists already"):
         oneclass.write_folders("FashionMNIST", tmp_path / "images")
-    row = dict.fromkeys(curves.COLUMNS, "") | {"model": "RD", "seed": 0, "epoch": 1, "steps": 100, "fit_minutes": 1}
+    row = dict.fromkeys(curves.COLUMNS, "") | {"model": "RD", "seed": 0, "epoch": 1, "steps": 100}
+    row |= {"image_size": 64, "fit_minutes": 1}
     results = curves.curves_results(tmp_path / "rows.csv")
     for name, value in (("cifar10/cat", 0.8), ("cifar10/dog", 0.9)):
         results.append({**row, "data": name, "image_AUROC": value, "AUROC_sum": value + 0.05})
     assert cells(oneclass.class_table(tmp_path / "rows.csv"))[2:] == [
-        "| RD | 0 | 100 | maximum | 80.0 | 90.0 | 85.00 | 1.0 |",
-        "| RD | 0 | 100 | sum | 85.0 | 95.0 | 90.00 | 1.0 |",
+        "| RD | 64 | 0 | 100 | its own | 80.0 | 90.0 | 85.00 | 1.0 |",
+        "| RD | 64 | 0 | 100 | sum | 85.0 | 95.0 | 90.00 | 1.0 |",
     ]
 
 
