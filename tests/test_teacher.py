@@ -170,6 +170,21 @@ def test_missing_teacher_of_a_command_is_three_lines(tiny_folder, tmp_path):
     assert len(said) == 3
 
 
+def test_hub_that_answers_without_weights_is_three_lines(monkeypatch):
+    def answer(*args, **kwargs):
+        if kwargs.get("pretrained"):
+            message = "403 Forbidden: the proxy's page of 40 lines"
+            raise OSError(message)
+        return create(*args, **kwargs)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", answer)
+    monkeypatch.setattr("anomalib_rdpp.teacher._check_hub", lambda _: None)
+    with pytest.raises(FileNotFoundError, match=r"No ImageNet weights of 'resnet34\.tv_in1k': neither") as told:
+        Teacher("resnet34.tv_in1k")
+    assert len(str(told.value).splitlines()) == 3
+
+
 @pytest.mark.parametrize("model", [RDPP, AAND])
 @pytest.mark.parametrize("argv", [["/usr/bin/anomalib"], ["/lib/anomalib/cli/cli.py"]])
 def test_refused_argument_of_a_command_is_its_text_alone(monkeypatch, model, argv):
@@ -205,6 +220,13 @@ def test_teacher_takes_a_local_file(tmp_path, name):
     teacher = RDPP(backbone="resnet18", teacher_weights=str(path)).model.teacher
     for key, value in teacher.network.state_dict().items():
         torch.testing.assert_close(value, state[key])
+
+
+def test_teacher_file_of_nan_is_refused(tmp_path):
+    path, state = saved(tmp_path)
+    torch.save({**state, "layer2.0.conv1.weight": state["layer2.0.conv1.weight"] / 0}, path)
+    with pytest.raises(ValueError, match=r"teacher\.pt' holds NaN or infinite numbers in layer2\.0\.conv1\.weight"):
+        RDPP(backbone="resnet18", teacher_weights=str(path))
 
 
 def test_missing_teacher_file_is_named():

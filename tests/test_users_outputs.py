@@ -77,3 +77,19 @@ def test_predict_writes_scores_into_a_table_and_the_picture(validated, tiny_fold
 def test_models_draw_scores_by_default_and_not_if_told():
     assert isinstance(build("RDPP", visualizer=True).visualizer, ScoreVisualizer)
     assert build("RDPP", visualizer=False).visualizer is None
+
+
+def test_images_of_the_same_name_keep_their_pictures_and_a_test_its_table(validated, tmp_path, make_tiny_data):
+    validated.visualizer = ScoreVisualizer(fields=["image"])
+    runs = engine(tmp_path)
+    runs.test(validated, datamodule=make_tiny_data())
+    for i, folder in enumerate(("cam1/a", "cam2/a")):
+        (tmp_path / "new" / folder).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (i * 90,) * 3).save(tmp_path / "new" / folder / "0.png")
+    runs.predict(validated, data_path=tmp_path / "new")
+    [folder] = {path.parent for path in tmp_path.rglob("scores*.csv")}
+    tables = {path.name: list(csv.DictReader(path.open())) for path in folder.glob("scores*.csv")}
+    assert {name: len(rows) for name, rows in tables.items()} == {"scores.csv": 2, "scores_1.csv": 8}
+    pictures = [row["picture"] for rows in tables.values() for row in rows]
+    assert len(set(pictures)) == 10
+    assert all((folder / picture).is_file() for picture in pictures)

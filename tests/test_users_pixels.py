@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from anomalib.data import Folder, ImageBatch, PredictDataset
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
+from tiny import FOLDERS
 from torchvision.transforms import Normalize as FirstNormalize
 from torchvision.transforms.v2 import (
     CenterCrop,
@@ -53,6 +55,9 @@ def write(path, kind):
         "32 bits": (sixteen.astype(np.uint32), {}),
         "double": (RAMP, {}),
         "pages": (np.stack([eight] * 3), {"photometric": "minisblack"}),
+        "float, white is 0": (1 - RAMP.astype(np.float32), {"photometric": "miniswhite"}),
+        "signed 8 bits": (eight.astype(np.int8), {}),
+        "planes": (np.stack([sixteen] * 3), {"photometric": "rgb", "planarconfig": "separate"}),
     }
     if kind in tiffs:
         pixels, options = tiffs[kind]
@@ -66,6 +71,11 @@ def write(path, kind):
         colour.save(path, lossless=True)
     elif kind == "key":
         colour.quantize(16).save(path, transparency=0)
+    elif kind == "16 bit key":
+        Image.fromarray(sixteen).save(path, transparency=0)
+    elif kind == "cut off":
+        write(path, "16 bits" if path.suffix == ".tif" else "RGB")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif kind == "damaged":
         path.write_bytes(b"no image")
     else:
@@ -79,6 +89,7 @@ def write(path, kind):
         ("white is 0", ".tif"),
         ("12 bits", ".tif"),
         ("float", ".tif"),
+        ("float, white is 0", ".tif"),
         ("16 bit png", ".png"),
         ("10 bit pgm", ".pgm"),
         ("opaque", ".png"),
@@ -110,6 +121,11 @@ def test_file_is_read_as_it_looks(tmp_path, kind, suffix):
         ("CMYK", ".jpg", "mode 'CMYK'"),
         ("transparent", ".png", "has transparent pixels"),
         ("key", ".png", "has transparent pixels"),
+        ("16 bit key", ".png", "has transparent pixels"),
+        ("signed 8 bits", ".tif", "numbers with a sign"),
+        ("planes", ".tif", "separate planes"),
+        ("cut off", ".png", "is damaged"),
+        ("cut off", ".jpg", "is damaged"),
     ],
 )
 def test_file_of_unknown_meaning_is_refused_by_name(tmp_path, kind, suffix, reason):
@@ -160,6 +176,37 @@ def test_dataset_that_reads_right_goes_to_worker_processes(deep_folder):
         assert each[0].image.mean() < 0.9
 
 
+def test_damaged_file_of_8_bits_is_named_by_a_dataset(deep_folder, tmp_path):
+    write(tmp_path / "train/0.png", "cut off")
+    write(tmp_path / "train/1.png", "RGB")
+    deep_folder.setup()
+    read_right(deep_folder.train_data)
+    with pytest.raises(ValueError, match=r"train/0\.png' is damaged"):
+        list(deep_folder.train_data)
+
+
+def test_turned_photographs_are_said(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=exif)
+    dataset = PredictDataset(tmp_path / "turned.jpg")
+    with pytest.warns(UserWarning, match=r"1 images are marked as turned \(EXIF\), the first is '.*turned\.jpg'"):
+        read_right(dataset)
+    assert dataset[0].image.shape[-2:] == (32, 64), "as anomalib reads it"
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("transparent", ".png"), ("float", ".tif")])
+def test_masks_of_unknown_meaning_are_refused_by_name(tiny_folder, tmp_path, kind, suffix):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    for path in sorted((tmp_path / "ground_truth/square").iterdir()):
+        path.unlink()
+        write(path.with_suffix(suffix), kind)
+    data = Folder("masks", root=tmp_path, **FOLDERS, num_workers=0)
+    data.setup()
+    with pytest.raises(ValueError, match=f"{suffix}' is a mask with"):
+        read_right(data.test_data)
+
+
 def test_dark_white_and_overshooting_images_are_images():
     images = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64), 1.6 * torch.rand(3, 64, 64) - 0.3])
     model = small()
@@ -194,8 +241,10 @@ class Own(Transform):
         FirstNormalize([0.5] * 3, [0.5] * 3),
         Own(),
         Lambda(lambda image: image * 255),
+        Lambda(lambda image: image - image.mean()),
+        Lambda(lambda image: torch.nn.functional.instance_norm(image[None])[0]),
     ],
-    ids=["compose", "random", "sequential", "sum", "lambda", "partial", "first", "own", "bytes"],
+    ids=["compose", "random", "sequential", "sum", "lambda", "partial", "first", "own", "bytes", "mean", "instance"],
 )
 def test_normalize_is_refused_wherever_it_hides(hidden):
     with pytest.raises(ValueError, match=r"here contains Normalize or leaves \[0, 1\]"):

@@ -1,5 +1,6 @@
 """Nothing trained is lost, whatever ends the training; what can be watched is never NaN."""
 
+import os
 import signal
 import warnings
 
@@ -8,6 +9,7 @@ import torch
 from anomalib.data import Folder
 from anomalib.engine import Engine
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from anomalib_rdpp import AAND, RDPP
 
@@ -50,6 +52,11 @@ class Interrupt(Callback):
         raise KeyboardInterrupt
 
 
+class Terminate(Callback):
+    def on_train_batch_end(self, *args):  # noqa: ARG002
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def assert_last_state_is_stored(model, folder, data):
     """The one checkpoint holds the model's state, and its thresholds are those of this state."""
     [path] = folder.rglob("*.ckpt")
@@ -78,14 +85,15 @@ def assert_last_state_is_stored(model, folder, data):
             "callbacks": [EarlyStopping("train_loss", stopping_threshold=1e9, check_on_train_epoch_end=True)],
         },
         {"max_epochs": 9, "num_sanity_val_steps": 0, "callbacks": [Interrupt()]},
+        {"max_epochs": 9, "check_val_every_n_epoch": 5, "callbacks": [Terminate()]},
     ],
-    ids=["epochs", "steps", "time", "early_stopping", "ctrl_c"],
+    ids=["epochs", "steps", "time", "early_stopping", "ctrl_c", "sigterm"],
 )
 def test_what_is_stored_is_what_was_trained_last(fit, data, tmp_path, options):
     model = build()
     try:
         fit(model, **options)
-    except SystemExit:
+    except (SystemExit, SIGTERMException):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has switched it off
     assert_last_state_is_stored(model, tmp_path, data)
 
@@ -114,3 +122,45 @@ def test_aand_stopped_in_stage_one_says_so(fit):
 def test_validation_without_normal_images_is_named_where_its_distance_is_watched(fit):
     with pytest.raises(ValueError, match=r"EarlyStopping watches val_distance.*the images validated hold none"):
         fit(build(), max_epochs=1, limit_val_batches=0.5, callbacks=[EarlyStopping("val_distance")])
+
+
+def test_distance_is_a_number_where_only_some_batches_have_normal_images(fit):
+    engine = fit(build(), max_epochs=1, callbacks=[EarlyStopping("val_distance")])
+    assert engine.trainer.callback_metrics["val_distance"].isfinite()
+
+
+class Fail(Callback):
+    """Fail in the second step, or in the validation at the end."""
+
+    def __init__(self, hook):
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer, *_):
+        if trainer.global_step:
+            message = "out of memory"
+            raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
+def test_what_was_trained_is_stored_whatever_fails(fit, tmp_path, hook):
+    model = build()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(model, max_epochs=2, check_val_every_n_epoch=5, num_sanity_val_steps=0, callbacks=[Fail(hook)])
+    [path] = tmp_path.rglob("*.ckpt")
+    stored = torch.load(path, weights_only=False)
+    assert stored["global_step"] == (1 if hook == "on_train_batch_start" else 4)
+    weights = {name: value for name, value in model.state_dict().items() if name.startswith("model.student")}
+    for name, value in weights.items():
+        torch.testing.assert_close(stored["state_dict"][name], value, rtol=0, atol=0)
+
+
+def test_resuming_what_is_complete_says_that_nothing_was_trained(fit, data, tmp_path):
+    engine = fit(build(), max_epochs=1)
+    [path] = tmp_path.rglob("*.ckpt")
+    with pytest.warns(UserWarning, match=r"Nothing was trained: '.*' has already reached max_epochs 1"):
+        engine.fit(build(), datamodule=data, ckpt_path=path)
+
+
+def test_model_without_validation_says_that_it_has_no_thresholds(fit):
+    with pytest.warns(UserWarning, match="no thresholds"):
+        fit(build(), max_epochs=1, limit_val_batches=0)
