@@ -114,9 +114,8 @@ class DistillationMixin(SafeExportMixin):
         # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want, and that
         # the teacher doesn't train.
         warnings.filterwarnings("ignore", message=r".*overridden `on_before_batch_transfer`|.*module\(s\) in eval mode")
-        transforms = [
-            (f"The pre-processor of {self.name}", getattr(self.pre_processor, "transform", self.pre_processor))
-        ]
+        own = getattr(self.pre_processor, "transform", self.pre_processor)
+        transforms = [(f"The pre-processor of {self.name}", own)]
         for name, dataset in datasets(self.trainer) if self._trainer else ():
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
@@ -177,7 +176,7 @@ class DistillationMixin(SafeExportMixin):
                     f"build it with {name}={theirs}."
                 )
                 raise ValueError(msg)
-        theirs, ours = _parts(state), _parts(own)
+        theirs, ours = ({name.split(".")[1] for name in names if name.startswith("model.")} for names in (state, own))
         if theirs and theirs != ours:
             msg = f"The checkpoint holds {sorted(theirs)}, of another model than {self.name}, which has {sorted(ours)}."
             raise ValueError(msg)
@@ -204,8 +203,3 @@ class DistillationMixin(SafeExportMixin):
         """Load a checkpoint without fetching the teacher, whose weights it holds; arguments as anomalib's."""
         kwargs = {"pre_trained": False, "teacher_weights": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
-
-def _parts(state: dict[str, Any]) -> set[str]:
-    """Names of the network's parts that have weights."""
-    return {name.split(".")[1] for name in state if name.startswith("model.")}

@@ -26,7 +26,6 @@ from torch import nn
 from anomalib_rdpp.teacher import STRIDE, Teacher, check_choice
 
 PAPER = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")  # teachers that the papers' student mirrors
-STUDENTS = ("auto", "paper", "light")
 BOTTLENECKS = ("mff+oce", "oce", "none")
 SCALES = (1, 2, 3)
 
@@ -114,11 +113,7 @@ class LightStudent(Student):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        width: float = 1.0,
-        bottleneck: str = "mff+oce",
-        scales: Sequence[int] = SCALES,
+        self, channels: Sequence[int], width: float = 1.0, bottleneck: str = "mff+oce", scales: Sequence[int] = SCALES
     ) -> None:
         nn.Module.__init__(self)
         widths = [max(8, round(width * count / 8) * 8) for count in channels]  # whole vectors of an edge CPU
@@ -211,7 +206,7 @@ def build_student(
         ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or the
             width is not positive.
     """
-    check_choice("student", student, STUDENTS)
+    check_choice("student", student, ("auto", "paper", "light"))
     check_choice("bottleneck", bottleneck, BOTTLENECKS)
     if not scales or sorted(set(scales)) != list(scales) or not set(scales) <= set(SCALES):
         msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."

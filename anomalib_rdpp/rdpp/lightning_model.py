@@ -117,26 +117,12 @@ class RDPP(DistillationMixin, AnomalibModule):
         check_choice("recipe", recipe, LEARNING_RATES)
         self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
         self.hparams["scales"] = list(scales)
-        self.hparams["transport_weight"] = _weight_of(transport, transport_weight)
+        self.hparams["transport_weight"] = transport_weight = _weight_of(transport, transport_weight)
         self.loss = RDPPLoss(
-            projection_weight,
-            self.hparams["transport_weight"],
-            reconstruction_weight,
-            contrast_weight,
-            transport_positions,
+            projection_weight, transport_weight, reconstruction_weight, contrast_weight, transport_positions
         )
-        self.model = RDPPModel(
-            backbone,
-            pre_trained,
-            teacher_weights,
-            student,
-            width,
-            projection,
-            score,
-            score_fraction,
-            bottleneck,
-            scales,
-        )
+        teacher = (backbone, pre_trained, teacher_weights)
+        self.model = RDPPModel(*teacher, student, width, projection, score, score_fraction, bottleneck, scales)
         rates = zip((projection_lr, student_lr), LEARNING_RATES[recipe], strict=True)
         self.learning_rates = [default if rate is None else rate for rate, default in rates]
 

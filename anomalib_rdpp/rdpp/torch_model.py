@@ -57,11 +57,7 @@ class RDPPModel(nn.Module):
         self.projections = build_projections(self.teacher.channels, projection)
         self.student = build_student(self.teacher, student, width, bottleneck, scales)
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        noisy_images: torch.Tensor | None = None,
-    ) -> RDPPFeatures | InferenceBatch:
+    def forward(self, images: torch.Tensor, noisy_images: torch.Tensor | None = None) -> RDPPFeatures | InferenceBatch:
         """Give the loss its features in training, map and score in evaluation.
 
         Args:
@@ -130,8 +126,5 @@ def build_projections(channels: Sequence[int], projection: bool | str) -> nn.Mod
 
 def _convolve(width_in: int, width_out: int, kernel: int) -> tuple[nn.Module, ...]:
     """Convolution with bias, instance norm without parameters, leaky ReLU."""
-    return (
-        nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2),
-        nn.InstanceNorm2d(width_out),
-        nn.LeakyReLU(),
-    )
+    convolution = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2)
+    return convolution, nn.InstanceNorm2d(width_out), nn.LeakyReLU()
