@@ -23,7 +23,7 @@ from timm.layers import ConvNormAct
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from anomalib_rdpp.teacher import STRIDE, Teacher, check_choice
+from anomalib_rdpp.teacher import STRIDE, Teacher, check, check_choice
 
 PAPER = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")  # teachers that the papers' student mirrors
 BOTTLENECKS = ("mff+oce", "oce", "none")
@@ -211,9 +211,8 @@ def build_student(
     if not scales or sorted(set(scales)) != list(scales) or not set(scales) <= set(SCALES):
         msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."
         raise ValueError(msg)
-    if not 0 < width < float("inf"):
-        msg = f"width must be above 0, got {width}: it is the light student's channels relative to the teacher's."
-        raise ValueError(msg)
+    is_width = 0 < width < float("inf")
+    check(is_width, "width", "above 0", f"{width}: it is the light student's channels relative to the teacher's")
     has_paper = teacher.architecture in PAPER
     if student == "paper" and not has_paper:
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."

@@ -109,8 +109,13 @@ def architecture(backbone: str) -> str:
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Refuse an argument that is none of its choices, by ``ValueError``."""
-    if value not in choices:
-        msg = f"{name} must be one of {', '.join(map(str, choices))}, got '{value}'."
+    check(value in choices, name, f"one of {', '.join(map(str, choices))}", f"'{value}'")
+
+
+def check(is_right: bool, name: str, wanted: str, value: object) -> None:
+    """Refuse an argument that is not what is wanted, by ``ValueError``."""
+    if not is_right:
+        msg = f"{name} must be {wanted}, got {value}."
         raise ValueError(msg)
 
 

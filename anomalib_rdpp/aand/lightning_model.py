@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from anomalib_rdpp.base import DistillationMixin
 from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
-from anomalib_rdpp.teacher import check_choice
+from anomalib_rdpp.teacher import check, check_choice
 
 from .loss import AANDLoss
 from .torch_model import AANDModel
@@ -117,12 +117,8 @@ class AAND(DistillationMixin, AnomalibModule):
         layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
-        if not 0 < amplifier_share < 1:
-            msg = (
-                f"amplifier_share must be between 0 and 1, got {amplifier_share}: both stages need epochs; "
-                f"the paper's are 100 of 220."
-            )
-            raise ValueError(msg)
+        reason = f"{amplifier_share}: both stages need epochs; the paper's are 100 of 220"
+        check(0 < amplifier_share < 1, "amplifier_share", "between 0 and 1", reason)
         check_choice("recipe", recipe, LEARNING_RATES)
         self.anomalies = TextureAnomalies(texture_dir, foreground, foreground_dir, anomaly_probability)
         self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
