@@ -162,6 +162,7 @@ class Decoder(nn.Module):
     def __init__(self, widths: Sequence[int], channels: Sequence[int]) -> None:
         super().__init__()
         wider = [*widths[1:], 2 * widths[-1]]
+        scales = list(zip(wider, widths, channels, strict=True))[::-1]  # coarse to fine
         self.steps = nn.ModuleList(
             nn.Sequential(
                 nn.ConvTranspose2d(deeper, width, 2, 2, bias=False),
@@ -169,11 +170,9 @@ class Decoder(nn.Module):
                 nn.ReLU(),
                 BasicBlock(width, width),
             )
-            for deeper, width in reversed(list(zip(wider, widths, strict=True)))
+            for deeper, width, _ in scales
         )
-        self.heads = nn.ModuleList(
-            nn.Conv2d(width, count, 1) for width, count in reversed(list(zip(widths, channels, strict=True)))
-        )
+        self.heads = nn.ModuleList(nn.Conv2d(width, count, 1) for _, width, count in scales)
 
     def forward(self, embedding: torch.Tensor) -> list[torch.Tensor]:
         """Reconstruct ``(B, C, H, W)`` per scale, fine to coarse, from ``(B, 2 * widths[-1], H/32, W/32)``."""
