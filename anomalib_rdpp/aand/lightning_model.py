@@ -31,6 +31,7 @@ from .torch_model import AANDModel
 
 LEARNING_RATES = {"paper": 0.005, "fast": 0.002}  # of amplifier and student, by recipe
 ROUNDING = 1e-9  # of shares of the training
+IN_STAGE_ONE = "in stage one: its student is untrained, and its map compares raw and amplified teacher"
 
 
 class AAND(DistillationMixin, AnomalibModule):
@@ -196,17 +197,12 @@ class AAND(DistillationMixin, AnomalibModule):
         was_amplifying = bool(checkpoint.get("state_dict", {}).get("model._extra_state", False))
         self.resumed_in_stage_two = is_resuming and not was_amplifying and checkpoint.get("global_step", 0) > 0
         if was_amplifying and not is_resuming:
-            rank_zero_warn(
-                "This checkpoint was saved in stage one: its student is untrained, and its map compares raw and "
-                "amplified teacher. Resume its training, with the same max_epochs."
-            )
+            rank_zero_warn(f"This checkpoint was saved {IN_STAGE_ONE}. Resume its training, with the same max_epochs.")
 
     def warn_before_export(self) -> None:
         """Say that there is no student yet."""
         if self.model.is_amplifying:
-            rank_zero_warn(
-                "This AAND is in stage one: its student is untrained, and its map compares raw and amplified."
-            )
+            rank_zero_warn(f"This AAND is {IN_STAGE_ONE}.")
 
     def _is_stage_one(self) -> bool:
         """Whether the epoch that starts now trains the amplifier."""
