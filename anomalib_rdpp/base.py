@@ -6,7 +6,7 @@ A mixin, not a base class: anomalib's ``get_model`` and ``list_models`` look one
 import warnings
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
@@ -34,6 +34,8 @@ class DistillationMixin(SafeExportMixin):
     """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation, whole exports."""
 
     structure: frozenset[str]  # arguments that the shapes in a checkpoint depend on
+    learning_type = LearningType.ONE_CLASS
+    trainer_arguments: ClassVar[dict[str, Any]] = {}  # every option of the trainer is the user's
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -54,16 +56,6 @@ class DistillationMixin(SafeExportMixin):
     def configure_callbacks(self) -> list[Callback]:
         """Add what keeps a training from being lost."""
         return [*super().configure_callbacks(), LastState()]
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Leave every trainer option to the user."""
-        return {}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Learn from normal images."""
-        return LearningType.ONE_CLASS
 
     def forward(self, batch: torch.Tensor, *args: object, **kwargs: object) -> InferenceBatch:
         """Give map and score of images of any size; exported graphs are made from this."""
