@@ -15,7 +15,7 @@ from anomalib.data import InferenceBatch
 from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
-from anomalib_rdpp.teacher import check_choice
+from anomalib_rdpp.teacher import check, check_choice
 
 
 class AnomalyMapGenerator(nn.Module):
@@ -42,9 +42,7 @@ class AnomalyMapGenerator(nn.Module):
     def __init__(self, sigma: float = 4.0, score: str = "max", score_fraction: float = 0.01) -> None:
         super().__init__()
         check_choice("score", score, ("max", "top", "sum"))
-        if not 0 < score_fraction <= 1:
-            msg = f"score_fraction must be above 0 and at most 1, got {score_fraction}."
-            raise ValueError(msg)
+        check(0 < score_fraction <= 1, "score_fraction", "above 0 and at most 1", score_fraction)
         self.sigma = sigma
         self.score = score
         self.score_fraction = score_fraction

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
@@ -37,6 +37,8 @@ class DistillationMixin(SafeExportMixin):
     """Input in [0, 1], checkpoints that need no teacher from elsewhere, the steps of evaluation, whole exports."""
 
     structure: frozenset[str]  # arguments that the shapes in a checkpoint depend on
+    learning_type = LearningType.ONE_CLASS
+    trainer_arguments: ClassVar[dict[str, Any]] = {}  # every option of the trainer is the user's
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -57,16 +59,6 @@ class DistillationMixin(SafeExportMixin):
     def configure_callbacks(self) -> list[Callback]:
         """Add what keeps a training from being lost."""
         return [*super().configure_callbacks(), LastState()]
-
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Leave every trainer option to the user."""
-        return {}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Learn from normal images."""
-        return LearningType.ONE_CLASS
 
     def forward(self, batch: torch.Tensor, *args: object, **kwargs: object) -> InferenceBatch:
         """Give map and score of images of any size; exported graphs are made from this."""
@@ -117,9 +109,8 @@ class DistillationMixin(SafeExportMixin):
         # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want, and that
         # the teacher doesn't train.
         warnings.filterwarnings("ignore", message=r".*overridden `on_before_batch_transfer`|.*module\(s\) in eval mode")
-        transforms = [
-            (f"The pre-processor of {self.name}", getattr(self.pre_processor, "transform", self.pre_processor))
-        ]
+        own = getattr(self.pre_processor, "transform", self.pre_processor)
+        transforms = [(f"The pre-processor of {self.name}", own)]
         for name, dataset in datasets(self.trainer) if self._trainer else ():
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
@@ -180,7 +171,7 @@ class DistillationMixin(SafeExportMixin):
                     f"build it with {name}={theirs}."
                 )
                 raise ValueError(msg)
-        theirs, ours = _parts(state), _parts(own)
+        theirs, ours = ({name.split(".")[1] for name in names if name.startswith("model.")} for names in (state, own))
         if theirs and theirs != ours:
             msg = f"The checkpoint holds {sorted(theirs)}, of another model than {self.name}, which has {sorted(ours)}."
             raise ValueError(msg)
@@ -219,8 +210,3 @@ def short_errors() -> Iterator[None]:
         if program.stem == "anomalib" or program.parts[-3:] == ("anomalib", "cli", "cli.py"):
             raise SystemExit(str(error)) from None
         raise
-
-
-def _parts(state: dict[str, Any]) -> set[str]:
-    """Names of the network's parts that have weights."""
-    return {name.split(".")[1] for name in state if name.startswith("model.")}

@@ -133,21 +133,34 @@ class SafeExportMixin(Module):
         }
 
 
-def quantize(model: "Model", datamodule: AnomalibDataModule, **options: Any) -> "Model":  # noqa: ANN401
-    """Quantise to INT8 all but resize and anomaly map, calibrated on training images as they are, without augmentation.
+def quantize(model: "Model", images: "AnomalibDataModule | nncf.Dataset", **options: Any) -> "Model":  # noqa: ANN401
+    """Quantise to INT8 all but resize and anomaly map.
 
     Args:
         model: OpenVINO model whose input is ``(B, 3, H, W)`` in [0, 1].
-        datamodule: Gives the training images.
-        options: To be passed to ``nncf.quantize``.
+        images: What to calibrate on: a datamodule's training images as they are, without augmentation, or any others.
+        options: To be passed to ``nncf.quantize``; they go before ours.
 
     Returns:
         The quantised model; the one given stays as it is.
     """
     import nncf  # noqa: PLC0415  takes seconds, and isn't needed elsewhere
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
 
-    images = _Pixels(calibration_images(datamodule), model)
-    return quantize_all_but_map(model, nncf.Dataset(images), subset_size=len(images), **options)
+    if not isinstance(images, nncf.Dataset):
+        pixels = _Pixels(calibration_images(images), model)
+        images, options = nncf.Dataset(pixels), {"subset_size": len(pixels), **options}
+    model = make_upsampling_pointwise(model.clone())
+    resizes = [each.get_friendly_name() for each in model.get_ops() if each.get_type_name() == "Interpolate"]
+    chosen = {
+        "ignored_scope": nncf.IgnoredScope(names=resizes + map_operations(model), validate=False),
+        "advanced_parameters": nncf.AdvancedQuantizationParameters(
+            # Defects reach beyond what normal images do; NNCF's default, the mean of the images' extremes, cuts both.
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+            overflow_fix=nncf.OverflowFix.ENABLE,  # 7 bits of the weights: sums of 8 overflow on a CPU without VNNI
+        ),
+    }
+    return nncf.quantize(model, images, **(chosen | options))
 
 
 class _Pixels:
@@ -166,27 +179,6 @@ class _Pixels:
             image = resize(batch.image, self.size) if all(self.size) else batch.image
             yield (images := image.expand(self.batch_size, -1, -1, -1))
         yield from (torch.zeros_like(images), torch.ones_like(images))
-
-
-def quantize_all_but_map(model: "Model", images: "nncf.Dataset", **options: Any) -> "Model":  # noqa: ANN401
-    """Quantise all but resize and map, calibrated on any images; ``options`` of nncf.quantize go before ours.
-
-    Returns the quantised model; the one given stays as it is.
-    """
-    import nncf  # noqa: PLC0415
-    from nncf.quantization.range_estimator import RangeEstimatorParametersSet  # noqa: PLC0415
-
-    model = make_upsampling_pointwise(model.clone())
-    resizes = [each.get_friendly_name() for each in model.get_ops() if each.get_type_name() == "Interpolate"]
-    chosen = {
-        "ignored_scope": nncf.IgnoredScope(names=resizes + map_operations(model), validate=False),
-        "advanced_parameters": nncf.AdvancedQuantizationParameters(
-            # Defects reach beyond what normal images do; NNCF's default, the mean of the images' extremes, cuts both.
-            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
-            overflow_fix=nncf.OverflowFix.ENABLE,  # 7 bits of the weights: sums of 8 overflow on a CPU without VNNI
-        ),
-    }
-    return nncf.quantize(model, images, **(chosen | options))
 
 
 def make_upsampling_pointwise(model: "Model") -> "Model":

@@ -23,10 +23,9 @@ from timm.layers import ConvNormAct
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from anomalib_rdpp.teacher import STRIDE, Teacher, check_choice
+from anomalib_rdpp.teacher import STRIDE, Teacher, check, check_choice
 
 PAPER = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")  # teachers that the papers' student mirrors
-STUDENTS = ("auto", "paper", "light")
 BOTTLENECKS = ("mff+oce", "oce", "none")
 SCALES = (1, 2, 3)
 
@@ -114,11 +113,7 @@ class LightStudent(Student):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        width: float = 1.0,
-        bottleneck: str = "mff+oce",
-        scales: Sequence[int] = SCALES,
+        self, channels: Sequence[int], width: float = 1.0, bottleneck: str = "mff+oce", scales: Sequence[int] = SCALES
     ) -> None:
         nn.Module.__init__(self)
         widths = [max(8, round(width * count / 8) * 8) for count in channels]  # whole vectors of an edge CPU
@@ -167,6 +162,7 @@ class Decoder(nn.Module):
     def __init__(self, widths: Sequence[int], channels: Sequence[int]) -> None:
         super().__init__()
         wider = [*widths[1:], 2 * widths[-1]]
+        scales = list(zip(wider, widths, channels, strict=True))[::-1]  # coarse to fine
         self.steps = nn.ModuleList(
             nn.Sequential(
                 nn.ConvTranspose2d(deeper, width, 2, 2, bias=False),
@@ -174,11 +170,9 @@ class Decoder(nn.Module):
                 nn.ReLU(),
                 BasicBlock(width, width),
             )
-            for deeper, width in reversed(list(zip(wider, widths, strict=True)))
+            for deeper, width, _ in scales
         )
-        self.heads = nn.ModuleList(
-            nn.Conv2d(width, count, 1) for width, count in reversed(list(zip(widths, channels, strict=True)))
-        )
+        self.heads = nn.ModuleList(nn.Conv2d(width, count, 1) for _, width, count in scales)
 
     def forward(self, embedding: torch.Tensor) -> list[torch.Tensor]:
         """Reconstruct ``(B, C, H, W)`` per scale, fine to coarse, from ``(B, 2 * widths[-1], H/32, W/32)``."""
@@ -211,14 +205,13 @@ def build_student(
         ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or the
             width is not positive.
     """
-    check_choice("student", student, STUDENTS)
+    check_choice("student", student, ("auto", "paper", "light"))
     check_choice("bottleneck", bottleneck, BOTTLENECKS)
     if not scales or sorted(set(scales)) != list(scales) or not set(scales) <= set(SCALES):
         msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."
         raise ValueError(msg)
-    if not 0 < width < float("inf"):
-        msg = f"width must be above 0, got {width}: it is the light student's channels relative to the teacher's."
-        raise ValueError(msg)
+    is_width = 0 < width < float("inf")
+    check(is_width, "width", "above 0", f"{width}: it is the light student's channels relative to the teacher's")
     has_paper = teacher.architecture in PAPER
     if student == "paper" and not has_paper:
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."

@@ -113,8 +113,13 @@ def architecture(backbone: str) -> str:
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Refuse an argument that is none of its choices, by ``ValueError``."""
-    if value not in choices:
-        msg = f"{name} must be one of {', '.join(map(str, choices))}, got '{value}'."
+    check(value in choices, name, f"one of {', '.join(map(str, choices))}", f"'{value}'")
+
+
+def check(is_right: bool, name: str, wanted: str, value: object) -> None:
+    """Refuse an argument that is not what is wanted, by ``ValueError``."""
+    if not is_right:
+        msg = f"{name} must be {wanted}, got {value}."
         raise ValueError(msg)
 
 
@@ -263,7 +268,7 @@ def _load(network: nn.Module, stored: dict[str, torch.Tensor], path: str | Path 
             "backbone that you named."
         )
         raise ValueError(msg)
-    if broken := [name for name in own if not state[name].isfinite().all()]:
+    if broken := [name for name in own if not torch.as_tensor(state[name]).isfinite().all()]:
         msg = f"'{path}' holds NaN or infinite numbers in {', '.join(broken[:3])}: a damaged training or file."
         raise ValueError(msg)
     network.load_state_dict(state)

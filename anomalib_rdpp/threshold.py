@@ -8,6 +8,8 @@ from anomalib.post_processing import PostProcessor
 from lightning import LightningModule, Trainer
 from torchmetrics.aggregation import CatMetric
 
+from anomalib_rdpp.teacher import check
+
 QUANTILE = "normal_quantile"  # in checkpoints
 
 
@@ -33,9 +35,7 @@ class NormalThreshold(PostProcessor):
 
     def __init__(self, quantile: float = 0.99) -> None:
         super().__init__()
-        if not 0 < quantile <= 1:
-            msg = f"quantile must be above 0 and at most 1, got {quantile}."
-            raise ValueError(msg)
+        check(0 < quantile <= 1, "quantile", "above 0 and at most 1", quantile)
         self.quantile = quantile
         self.normal_scores, self.normal_maxima = CatMetric(), CatMetric()
 

@@ -24,13 +24,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from anomalib_rdpp.base import DistillationMixin, short_errors
 from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share, training_progress
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
-from anomalib_rdpp.teacher import check_choice
+from anomalib_rdpp.teacher import check, check_choice
 
 from .loss import AANDLoss
 from .torch_model import AANDModel
 
 LEARNING_RATES = {"paper": 0.005, "fast": 0.002}  # of amplifier and student, by recipe
 ROUNDING = 1e-9  # of shares of the training
+IN_STAGE_ONE = "in stage one: its student is untrained, and its map compares raw and amplified teacher"
 
 
 class AAND(DistillationMixin, AnomalibModule):
@@ -118,12 +119,8 @@ class AAND(DistillationMixin, AnomalibModule):
     ) -> None:
         with short_errors():
             super().__init__(pre_processor, post_processor, evaluator, visualizer)
-            if not 0 < amplifier_share < 1:
-                msg = (
-                    f"amplifier_share must be between 0 and 1, got {amplifier_share}: both stages need epochs; "
-                    f"the paper's are 100 of 220."
-                )
-                raise ValueError(msg)
+            reason = f"{amplifier_share}: both stages need epochs; the paper's are 100 of 220"
+            check(0 < amplifier_share < 1, "amplifier_share", "between 0 and 1", reason)
             check_choice("recipe", recipe, LEARNING_RATES)
             self.anomalies = TextureAnomalies(texture_dir, foreground, foreground_dir, anomaly_probability)
             self.loss = AANDLoss(amplification_weight, hard_weight, hard_positions)
@@ -201,17 +198,12 @@ class AAND(DistillationMixin, AnomalibModule):
         was_amplifying = bool(checkpoint.get("state_dict", {}).get("model._extra_state", False))
         self.resumed_in_stage_two = is_resuming and not was_amplifying and checkpoint.get("global_step", 0) > 0
         if was_amplifying and not is_resuming:
-            rank_zero_warn(
-                "This checkpoint was saved in stage one: its student is untrained, and its map compares raw and "
-                "amplified teacher. Resume its training, with the same max_epochs."
-            )
+            rank_zero_warn(f"This checkpoint was saved {IN_STAGE_ONE}. Resume its training, with the same max_epochs.")
 
     def warn_before_export(self) -> None:
         """Say that there is no student yet."""
         if self.model.is_amplifying:
-            rank_zero_warn(
-                "This AAND is in stage one: its student is untrained, and its map compares raw and amplified."
-            )
+            rank_zero_warn(f"This AAND is {IN_STAGE_ONE}.")
 
     def _is_stage_one(self) -> bool:
         """Whether the epoch that starts now trains the amplifier."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from anomalib_rdpp.recipe import focus_on_hard
+from anomalib_rdpp.teacher import check
 
 from .torch_model import AmplifierFeatures, StudentFeatures, mask_at_scale
 
@@ -33,12 +34,9 @@ class AANDLoss(nn.Module):
     def __init__(self, amplification_weight: float = 0.1, hard_weight: float = 1.0, hard_positions: int = 10) -> None:
         super().__init__()
         for name, weight in (("amplification_weight", amplification_weight), ("hard_weight", hard_weight)):
-            if not 0 <= weight < float("inf"):
-                msg = f"{name} must be 0 or more and finite, got {weight}."
-                raise ValueError(msg)
-        if hard_positions < 1:
-            msg = f"hard_positions must be 1 or more, got {hard_positions}; for none at all set hard_weight to 0."
-            raise ValueError(msg)
+            check(0 <= weight < float("inf"), name, "0 or more and finite", weight)
+        none_at_all = f"{hard_positions}; for none at all set hard_weight to 0"
+        check(hard_positions >= 1, "hard_positions", "1 or more", none_at_all)
         self.amplification_weight = amplification_weight
         self.hard_weight = hard_weight
         self.hard_positions = hard_positions

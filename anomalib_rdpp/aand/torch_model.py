@@ -60,9 +60,7 @@ class AANDModel(nn.Module):
         super().__init__()
         self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
         self.teacher = Teacher(backbone, pre_trained, teacher_weights)
-        self.amplifiers = nn.ModuleList(
-            Amplifier(channels, is_gated, fixed_scale) for channels in self.teacher.channels
-        )
+        self.amplifiers = nn.ModuleList(Amplifier(count, is_gated, fixed_scale) for count in self.teacher.channels)
         self.student = build_student(self.teacher, student, width)
         # By name, because teacher and unused parts of the student are frozen in every stage.
         self.trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -83,9 +81,7 @@ class AANDModel(nn.Module):
         return self
 
     def forward(
-        self,
-        images: torch.Tensor,
-        masks: torch.Tensor | None = None,
+        self, images: torch.Tensor, masks: torch.Tensor | None = None
     ) -> AmplifierFeatures | StudentFeatures | InferenceBatch:
         """Give the loss of the stage its features in training, map and score in evaluation.
 
@@ -115,9 +111,7 @@ class AANDModel(nn.Module):
         return prediction
 
     def amplify(
-        self,
-        teacher: list[torch.Tensor],
-        masks: torch.Tensor | None = None,
+        self, teacher: list[torch.Tensor], masks: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Amplify each scale; same shapes, and the gates ``(B, 1, H, W)`` of each."""
         pairs = [

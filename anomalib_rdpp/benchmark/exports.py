@@ -8,7 +8,7 @@ import openvino as ov
 from anomalib.models import AnomalibModule
 from torch import Tensor
 
-from anomalib_rdpp.export import SafeExportMixin, quantize_all_but_map
+from anomalib_rdpp.export import SafeExportMixin, quantize
 
 FILES = {
     "torch": "weights/torch/model.pt",
@@ -45,7 +45,7 @@ def export(model: AnomalibModule, kind: str, folder: Path, size: int, images: Im
         calibration = images()
         dataset, count = nncf.Dataset(calibration), len(calibration)
         if isinstance(model, SafeExportMixin):
-            network = quantize_all_but_map(network, dataset, subset_size=count)
+            network = quantize(network, dataset, subset_size=count)
         else:
             options = nncf.AdvancedQuantizationParameters(disable_bias_correction=fast)
             network = nncf.quantize(network, dataset, subset_size=count, advanced_parameters=options)

@@ -118,26 +118,17 @@ class RDPP(DistillationMixin, AnomalibModule):
             check_choice("recipe", recipe, LEARNING_RATES)
             self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
             self.hparams["scales"] = list(scales)
-            self.hparams["transport_weight"] = _weight_of(transport, transport_weight)
+            if transport is not None:  # of configs and checkpoints of before
+                check_choice("transport", transport, ("published", "paper"))
+                given = 1.0 if transport_weight is None else transport_weight
+                transport_weight = given if transport == "paper" else 0.0
+                rank_zero_warn(f"transport: {transport} has become transport_weight: {transport_weight:g}.")
+            self.hparams["transport_weight"] = transport_weight = transport_weight or 0.0
             self.loss = RDPPLoss(
-                projection_weight,
-                self.hparams["transport_weight"],
-                reconstruction_weight,
-                contrast_weight,
-                transport_positions,
+                projection_weight, transport_weight, reconstruction_weight, contrast_weight, transport_positions
             )
-            self.model = RDPPModel(
-                backbone,
-                pre_trained,
-                teacher_weights,
-                student,
-                width,
-                projection,
-                score,
-                score_fraction,
-                bottleneck,
-                scales,
-            )
+            teacher = (backbone, pre_trained, teacher_weights)
+            self.model = RDPPModel(*teacher, student, width, projection, score, score_fraction, bottleneck, scales)
             rates = zip((projection_lr, student_lr), LEARNING_RATES[recipe], strict=True)
             self.learning_rates = [default if rate is None else rate for rate, default in rates]
 
@@ -156,13 +147,3 @@ class RDPP(DistillationMixin, AnomalibModule):
         is_fast = self.hparams["recipe"] == "fast"
         share = easy_share(training_progress(self.trainer)) if is_fast else 0.0
         return self.log_terms(self.loss(self.model(batch.image, noisy), share), batch.batch_size)
-
-
-def _weight_of(transport: str | None, transport_weight: float | None) -> float:
-    """Read ``transport`` of configs and checkpoints of before."""
-    if transport is None:
-        return transport_weight or 0.0
-    weights = {"published": 0.0, "paper": 1.0 if transport_weight is None else transport_weight}
-    check_choice("transport", transport, weights)
-    rank_zero_warn(f"transport: {transport} has become transport_weight: {weights[transport]:g}.")
-    return weights[transport]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from anomalib_rdpp.recipe import focus_on_hard
+from anomalib_rdpp.teacher import check
 
 from .torch_model import RDPPFeatures
 
@@ -50,12 +51,8 @@ class RDPPLoss(nn.Module):
             "contrast_weight": contrast_weight,
         }
         for name, weight in self.weights.items():
-            if not 0 <= weight < float("inf"):
-                msg = f"{name} must be 0 or more and finite, got {weight}."
-                raise ValueError(msg)
-        if transport_positions < 1:
-            msg = f"transport_positions must be 1 or more, got {transport_positions}."
-            raise ValueError(msg)
+            check(0 <= weight < float("inf"), name, "0 or more and finite", weight)
+        check(transport_positions >= 1, "transport_positions", "1 or more", transport_positions)
         self.transport_positions = transport_positions
         self.distillation = ReverseDistillationLoss()
 

@@ -53,15 +53,15 @@ class RDPPModel(nn.Module):
         super().__init__()
         self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
         self.teacher = Teacher(backbone, pre_trained, teacher_weights)
+        check_choice("projection", projection, (True, False, "light"))
         self.is_projecting = bool(projection)
-        self.projections = build_projections(self.teacher.channels, projection)
+        self.projections = nn.ModuleList(
+            Projection(count, is_light=projection == "light") if projection else nn.Identity()
+            for count in self.teacher.channels
+        )
         self.student = build_student(self.teacher, student, width, bottleneck, scales)
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        noisy_images: torch.Tensor | None = None,
-    ) -> RDPPFeatures | InferenceBatch:
+    def forward(self, images: torch.Tensor, noisy_images: torch.Tensor | None = None) -> RDPPFeatures | InferenceBatch:
         """Give the loss its features in training, map and score in evaluation.
 
         Args:
@@ -95,43 +95,24 @@ class RDPPModel(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """Four 3x3 convolutions C, C/2, C/4, C/2, C, rounded down, each with instance norm and leaky ReLU, the last too.
+    """Convolutions, each with instance norm and leaky ReLU, the last too.
+
+    Four of 3x3 by default, the paper's: C, C/2, C/4, C/2, C channels, rounded down; three of 1x1, 3x3, 1x1 if it is
+    light: C, C/4, C/4, C.
+
+    Args:
+        channels: C.
+        is_light: Whether to take those with fewer multiply-adds.
 
     Examples:
         >>> Projection(16)(torch.rand(2, 16, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
     """
 
-    def __init__(self, channels: int) -> None:
-        widths = [channels, max(channels // 2, 1), max(channels // 4, 1), max(channels // 2, 1), channels]
-        super().__init__(*(layer for pair in pairwise(widths) for layer in _convolve(*pair, 3)))
-
-
-class LightProjection(nn.Sequential):
-    """Convolutions 1x1, 3x3, 1x1 at a quarter of the channels, each with instance norm and leaky ReLU."""
-
-    def __init__(self, channels: int) -> None:
-        quarter = max(channels // 4, 1)
-        super().__init__(
-            *_convolve(channels, quarter, 1), *_convolve(quarter, quarter, 3), *_convolve(quarter, channels, 1)
-        )
-
-
-def build_projections(channels: Sequence[int], projection: bool | str) -> nn.ModuleList:
-    """Build a projection per scale, none for plain RD.
-
-    Raises:
-        ValueError: If there is no such projection.
-    """
-    kinds: dict[bool | str, type[nn.Module]] = {True: Projection, False: nn.Identity, "light": LightProjection}
-    check_choice("projection", projection, kinds)
-    return nn.ModuleList(kinds[projection](count) for count in channels)
-
-
-def _convolve(width_in: int, width_out: int, kernel: int) -> tuple[nn.Module, ...]:
-    """Convolution with bias, instance norm without parameters, leaky ReLU."""
-    return (
-        nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2),
-        nn.InstanceNorm2d(width_out),
-        nn.LeakyReLU(),
-    )
+    def __init__(self, channels: int, is_light: bool = False) -> None:
+        half, quarter = max(channels // 2, 1), max(channels // 4, 1)
+        widths = [channels, quarter, quarter, channels] if is_light else [channels, half, quarter, half, channels]
+        layers: list[nn.Module] = []
+        for (before, after), kernel in zip(pairwise(widths), (1, 3, 1) if is_light else (3, 3, 3, 3), strict=True):
+            layers += [nn.Conv2d(before, after, kernel, padding=kernel // 2), nn.InstanceNorm2d(after), nn.LeakyReLU()]
+        super().__init__(*layers)

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import resize, rgb_to_grayscale
 
-from anomalib_rdpp.teacher import check_choice, check_images
+from anomalib_rdpp.teacher import check, check_choice, check_images
 
 TEXTURES = {".jpg", ".jpeg", ".png"}
 ATTEMPTS = 10  # to hit the foreground, anomalib's number for an empty shape
@@ -56,9 +56,7 @@ class TextureAnomalies(nn.Module):
         if foreground != "none" and foreground_dir is not None:
             msg = f"Foreground is either estimated or read from '{foreground_dir}': give foreground or foreground_dir."
             raise ValueError(msg)
-        if not 0 <= probability <= 1:
-            msg = f"The share of images with an anomaly must be within 0 and 1, got {probability}."
-            raise ValueError(msg)
+        check(0 <= probability <= 1, "The share of images with an anomaly", "within 0 and 1", probability)
         self.generator = PerlinAnomalyGenerator()
         if texture_dir is not None:  # in an order that all machines share; anomalib leaves out upper-case suffixes
             files = sorted(Path(texture_dir).rglob("*"))
