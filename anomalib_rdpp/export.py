@@ -116,9 +116,10 @@ class SafeExportMixin(Module):
 
     def facts(self) -> dict[str, str | float]:
         """What a user of an exported model has to know, thresholds and ranges of the raw scores among it."""
-        post = self.post_processor
+        post: Any = self.post_processor
         buffers = {} if post is None else dict(post.named_buffers(recurse=False))
         values = {name.lstrip("_"): value.item() for name, value in buffers.items() if value.numel() == 1}
+        scaled = getattr(post, "enable_normalization", False)
         projects = self.hparams.get("projection")
         return {
             "model": self.name,
@@ -127,7 +128,7 @@ class SafeExportMixin(Module):
             "package": f"anomalib-rdpp {version('anomalib-rdpp')}",
             "input": "(B, 3, H, W), RGB, float32 in [0, 1]",
             "inside": "resize, normalisation of the input, anomaly map, post-processing: add none of these",
-            "scores": "0.5 is the threshold" if getattr(post, "enable_normalization", False) else "raw",
+            "scores": f"{float(post.normalized_image_threshold):g} is the threshold" if scaled else "raw",
             "resize": str(getattr(self.pre_processor, "transform", None)),
             **{name: value for name, value in values.items() if math.isfinite(value)},
         }

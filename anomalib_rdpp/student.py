@@ -123,7 +123,7 @@ class LightStudent(Student):
             self.bottleneck = Coarsest(ConvNormAct(channels[-1], widths[-1], 1), Embedding(widths[-1]))
         else:
             self.bottleneck = Coarsest(_shortcut(channels[-1], 2 * widths[-1]))
-        self.decoder = Decoder(widths, channels)
+        self.decoder = Decoder(widths, channels, min(scales))
         self.scales = tuple(scales)
         self._freeze_unused(self.decoder.steps, self.decoder.heads)
 
@@ -157,10 +157,14 @@ class Embedding(BasicBlock):
 
 
 class Decoder(nn.Module):
-    """From the embedding at 1/32 up to the teacher's scales: transposed convolution, residual block, 1x1 out."""
+    """From the embedding at 1/32 up to the teacher's scales: transposed convolution, residual block, 1x1 out.
 
-    def __init__(self, widths: Sequence[int], channels: Sequence[int]) -> None:
+    What is finer than ``finest`` isn't computed: zeros stand in its place.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: Sequence[int], finest: int = 1) -> None:
         super().__init__()
+        self.finest = finest
         wider = [*widths[1:], 2 * widths[-1]]
         scales = list(zip(wider, widths, channels, strict=True))[::-1]  # coarse to fine
         self.steps = nn.ModuleList(
@@ -177,10 +181,10 @@ class Decoder(nn.Module):
     def forward(self, embedding: torch.Tensor) -> list[torch.Tensor]:
         """Reconstruct ``(B, C, H, W)`` per scale, fine to coarse, from ``(B, 2 * widths[-1], H/32, W/32)``."""
         reconstructed: list[torch.Tensor] = []
-        for step, head in zip(self.steps, self.heads, strict=True):
+        for step, head in list(zip(self.steps, self.heads, strict=True))[: len(self.steps) + 1 - self.finest]:
             embedding = step(embedding)
             reconstructed.insert(0, head(embedding))
-        return reconstructed
+        return [embedding.new_zeros(())] * (self.finest - 1) + reconstructed
 
 
 def build_student(

@@ -200,6 +200,13 @@ def test_refused_argument_of_a_command_is_its_text_alone(monkeypatch, model, arg
         model(**TINY, recipe="quick")
 
 
+def test_light_student_computes_no_scale_that_is_finer_than_needed():
+    student = LightStudent([24, 40, 112], scales=[3])
+    features = [torch.rand(2, 24, 16, 16), torch.rand(2, 40, 8, 8), torch.rand(2, 112, 4, 4)]
+    student.decoder.steps[1].register_forward_hook(lambda *_: pytest.fail("computes scale 2"))
+    assert [tuple(feature.shape) for feature in student(features)] == [(2, 112, 4, 4)]
+
+
 # -- weights from a file
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from anomalib.data import PredictDataset
 from anomalib.data.utils import read_image
+from anomalib.post_processing import PostProcessor
 from anomalib.visualization import ImageVisualizer
 from PIL import Image
 from tiny import build, engine
@@ -37,8 +38,14 @@ def test_export_says_a_handful_of_lines_and_gives_facts(validated, make_tiny_dat
     for name, value in facts.items():
         assert network.get_rt_info(["anomalib_rdpp", name]).astype(str) == str(value)
     assert facts["method"] == "RD++"
+    assert facts["scores"] == "0.5 is the threshold"
     assert facts["teacher"] == "test_resnet"
     assert facts["image_threshold"] == pytest.approx(float(validated.post_processor.image_threshold))
+
+
+def test_facts_name_the_threshold_of_a_chosen_sensitivity():
+    model = build("RDPP", post_processor=PostProcessor(image_sensitivity=0.8))
+    assert model.facts()["scores"] == "0.2 is the threshold"
 
 
 def test_threshold_can_be_changed_after_export(validated, tiny_folder, tmp_path):
