@@ -57,11 +57,9 @@ class LastState(Callback):
 
     def on_fit_end(self, trainer: Trainer, *_: object) -> None:
         """Say so if there was nothing to train."""
-        if not self.has_trained and trainer.ckpt_path:
-            rank_zero_warn(
-                f"Nothing was trained: '{trainer.ckpt_path}' has already reached max_epochs {trainer.max_epochs} or "
-                f"max_steps {trainer.max_steps}; raise them."
-            )
+        if not self.has_trained:
+            reached = f"max_epochs {trainer.max_epochs} or max_steps {trainer.max_steps}"
+            rank_zero_warn(f"Nothing was trained: {reached} is reached already, as by a checkpoint; raise it.")
 
     def _finish(self, trainer: Trainer, pl_module: Any, is_validating: bool = True) -> None:  # noqa: ANN401
         """Validate, and store even if that fails."""

@@ -96,7 +96,7 @@ def test_images_of_the_same_name_keep_their_pictures_and_a_test_its_table(valida
     runs.predict(validated, data_path=tmp_path / "new")
     [folder] = {path.parent for path in tmp_path.rglob("scores*.csv")}
     tables = {path.name: list(csv.DictReader(path.open())) for path in folder.glob("scores*.csv")}
-    assert {name: len(rows) for name, rows in tables.items()} == {"scores.csv": 2, "scores_1.csv": 8}
+    assert {name: len(rows) for name, rows in tables.items()} == {"scores.csv": 2, "scores_1.csv": 4}
     pictures = [row["picture"] for rows in tables.values() for row in rows]
-    assert len(set(pictures)) == 10
+    assert len(set(pictures)) == 6
     assert all((folder / picture).is_file() for picture in pictures)
