@@ -19,6 +19,13 @@ from tiny import FOLDERS
 GOLDEN = Path(__file__).with_name("golden")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _imports_stay():
+    """Spare the collector what is imported by now: to look at it all again after a test takes a third of a second."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_clean(request):
     torch.manual_seed(7)
