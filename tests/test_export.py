@@ -75,8 +75,10 @@ def test_calibration_takes_training_images_in_order_without_augmentation(tiny_da
     )
 
 
-@pytest.mark.parametrize("backbone", [TINY["backbone"], pytest.param("resnet18", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "backbone"),  # RD++ with the small teacher is in tests/test_users_export.py
+    [("AAND", TINY["backbone"]), *(pytest.param(name, "resnet18", marks=pytest.mark.slow) for name in MODELS)],
+)
 def test_int8_keeps_the_map_in_float_and_near_fp32(name, backbone, tiny_data, tmp_path):
     model = build(name, SIZE, backbone=backbone).eval()
     path = model.to_openvino(tmp_path, input_size=SIZE, ov_kwargs={"input": [1, 3, *SIZE]})
