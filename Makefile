@@ -14,7 +14,7 @@ demo: .venv/ready
 	$(BIN)/python -W ignore -m anomalib_rdpp.demo
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder --cov
 
 test-all: .venv/ready .venv/docs .venv/notebooks
 	$(BIN)/python -m pytest --cov

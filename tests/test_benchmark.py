@@ -27,6 +27,7 @@ from anomalib_rdpp.benchmark.precision import precision_results, run_precision
 from anomalib_rdpp.benchmark.probe import has_bfloat16, peak_mib, reset_peak
 from anomalib_rdpp.benchmark.report import accuracy_table, latency_table, read_accuracy
 
+pytestmark = pytest.mark.no_cover  # coverage leaves the benchmark out
 ROOT = Path(__file__).parents[1]
 TOY = {"class_path": "benchmark_toy.Toy"}
 BROKEN = {"class_path": "anomalib.models.Nothing"}

@@ -14,6 +14,7 @@ from anomalib_rdpp.benchmark.accuracy import accuracy_results, run_accuracy
 from anomalib_rdpp.benchmark.filled import random_weights
 from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, runs_of
 
+pytestmark = pytest.mark.no_cover  # coverage leaves the benchmark out
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted((ROOT / "configs/benchmark/papers").glob("*.yaml"))
 LATENCY = ROOT / "experiments/configs/latency_edge.yaml"  # has other keys

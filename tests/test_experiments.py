@@ -23,6 +23,7 @@ from experiments.anomalies import draw_anomalies
 from experiments.profile import layer_table
 from experiments.steps import run_steps, steps_results
 
+pytestmark = pytest.mark.no_cover  # the lab is not in the package
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted((ROOT / "configs/benchmark/papers").glob("*.yaml"))
 TOY = {"class_path": "benchmark_toy.Toy"}

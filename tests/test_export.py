@@ -7,10 +7,10 @@ import pytest
 import torch
 from anomalib.deploy import CompressionType
 from openvino import opset13 as ops
+from tiny import MODELS, TINY, build
 from torchvision.transforms.v2 import RandomHorizontalFlip
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_rdpp import AAND, RDPP
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
 from anomalib_rdpp.benchmark.probe import has_bfloat16
 from anomalib_rdpp.export import calibration_images, make_upsampling_pointwise, map_operations, quantize
@@ -23,12 +23,9 @@ def compiled(network):
     return ov.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
-@pytest.fixture(params=[RDPP, AAND], ids=["RDPP", "AAND"])
+@pytest.fixture(params=MODELS)
 def model(request):
-    model_class = request.param
-    return model_class(
-        backbone="resnet18", pre_trained=False, pre_processor=model_class.configure_pre_processor(SIZE)
-    ).eval()
+    return build(request.param, SIZE).eval()
 
 
 @pytest.mark.parametrize("compression", [CompressionType.INT8_PTQ, "int8_acq"])
@@ -78,7 +75,12 @@ def test_calibration_takes_training_images_in_order_without_augmentation(tiny_da
     )
 
 
-def test_int8_keeps_the_map_in_float_and_near_fp32(model, tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "backbone"),  # RD++ with the small teacher is in tests/test_users_export.py
+    [("AAND", TINY["backbone"]), *(pytest.param(name, "resnet18", marks=pytest.mark.slow) for name in MODELS)],
+)
+def test_int8_keeps_the_map_in_float_and_near_fp32(name, backbone, tiny_data, tmp_path):
+    model = build(name, SIZE, backbone=backbone).eval()
     path = model.to_openvino(tmp_path, input_size=SIZE, ov_kwargs={"input": [1, 3, *SIZE]})
     network = ov.Core().read_model(path)
     assert list(network.input(0).shape) == [1, 3, *SIZE], "a fixed batch is an option of OpenVINO's converter"
@@ -122,8 +124,9 @@ def test_small_distances_keep_their_digits_in_bfloat16(tmp_path):
     assert 0 < np.abs(half - exact).max() < 0.1 * exact.max()
 
 
-def test_pointwise_upsampling_gives_the_same_map(model, tmp_path):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("name", ["RDPP", pytest.param("AAND", marks=pytest.mark.slow)])  # which have one student
+def test_pointwise_upsampling_gives_the_same_map(name, tmp_path):
+    model, generator = build(name, SIZE, backbone="resnet18"), torch.Generator().manual_seed(0)
     for norm in model.model.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):  # as after training: no bias is 0
             torch.nn.init.normal_(norm.bias, std=0.1, generator=generator)

@@ -75,6 +75,7 @@ def test_half_precision_keeps_losses_gradients_and_map_in_single(name, dtype):
             assert value.isfinite().all()
 
 
+@pytest.mark.no_cover
 def test_mixed_precision_trains_and_tests_without_nan(name, tiny_data, tmp_path):
     losses = Losses()
     run = engine(tmp_path, losses, precision="bf16-mixed")
@@ -96,6 +97,7 @@ def fit_with_seed(name, data, folder):
     return losses.steps, module.model.state_dict()
 
 
+@pytest.mark.no_cover
 def test_one_seed_gives_equal_losses_step_by_step_and_equal_weights(name, tiny_data, tmp_path):
     (first, weights), (second, others) = (fit_with_seed(name, tiny_data, tmp_path) for _ in range(2))
     assert len(first) == 4
@@ -189,6 +191,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_of_the_trainer_works(name, option, tiny_data, tmp_path):
     arguments = dict(OPTIONS[option])
@@ -211,6 +214,7 @@ def test_tiler_is_refused(name, tiny_data, tmp_path):
         engine(tmp_path, TilerConfigurationCallback(enable=True)).fit(build(name), datamodule=tiny_data)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", ["RDPP", pytest.param("AAND", marks=pytest.mark.slow)])
 def test_tiled_ensemble_of_anomalib_trains_and_tests(name, tiny_folder, tmp_path, monkeypatch):
     """Its pipeline takes no arguments of a model, hence other defaults here."""

@@ -1,8 +1,10 @@
 """Exported graphs answer as the Engine does, on files of any size and in INT8."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino as ov
 import pytest
@@ -14,6 +16,7 @@ from anomalib.deploy import OpenVINOInferencer
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
 from PIL import Image
+from tiny import TINY, build
 from torchvision.transforms.v2 import InterpolationMode, Resize
 
 from anomalib_rdpp import RDPP
@@ -32,12 +35,7 @@ def compiled(network):
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folder, tmp_path_factory):
     """RD++ after two steps at 64 px, with scores as they are."""
-    model = RDPP(
-        "resnet18",
-        pre_trained=False,
-        pre_processor=RDPP.configure_pre_processor((64, 64)),
-        post_processor=PostProcessor(enable_normalization=False),
-    )
+    model = build("RDPP", post_processor=PostProcessor(enable_normalization=False))
     data = Folder(root=tiny_folder, train_batch_size=3, num_workers=0, seed=0, **FOLDER)
     engine = Engine(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=tmp_path_factory.mktemp("trained"))
     engine.fit(model, datamodule=data)
@@ -63,16 +61,8 @@ def int8(checkpoint, tiny_folder, tmp_path_factory, opened):  # noqa: ARG001  fr
     """INT8_PTQ by anomalib's command line, for any size."""
     root = tmp_path_factory.mktemp("int8")
     data = [f"--data.{name}={value}" for name, value in {**FOLDER, "root": tiny_folder, "num_workers": 0}.items()]
-    model = [
-        "--model",
-        "RDPP",
-        "--model.backbone",
-        "resnet18",
-        "--model.pre_trained",
-        "false",
-        "--ckpt_path",
-        checkpoint,
-    ]
+    model = ["--model", "RDPP", "--model.backbone", TINY["backbone"], "--model.pre_trained", "false"]
+    model += ["--ckpt_path", checkpoint]
     kind = ["--export_type", "openvino", "--compression_type", "INT8_PTQ", "--export_root", str(root)]
     AnomalibCLI(args=["export", *model, *kind, "--data", "anomalib.data.Folder", *data])
     return root / "weights" / "openvino" / "model.xml"
@@ -123,20 +113,23 @@ def test_int8_takes_a_photograph_as_it_is(int8, tmp_path, monkeypatch):
     assert answer.anomaly_map.squeeze().shape == (64, 64)
 
 
-def test_exported_graphs_answer_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tmp_path):
+def test_onnx_answers_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tmp_path):
+    """And OpenVINO as torch, in tests/test_contract.py."""
     model = RDPP.load_from_checkpoint(checkpoint)
     Image.open(PHOTOGRAPH).crop((0, 0, 41, 57)).save(tmp_path / "small.png")
     engine = Engine(accelerator="cpu", devices=1, default_root_dir=tmp_path)
-    network = compiled(model.to_openvino(tmp_path))
-    session = onnxruntime.InferenceSession(model.to_onnx(tmp_path))
-    for path in (PHOTOGRAPH, tmp_path / "small.png", tiny_folder / "test/square/0.png"):
-        expected = engine.predict(model, dataset=PredictDataset(path))[0].anomaly_map.squeeze()
-        image = read_image(path, as_tensor=True)[None]
+    path = model.to_onnx(tmp_path)
+    facts = json.loads((path.parent / "metadata.json").read_text())
+    assert {each.key for each in onnx.load(path, load_external_data=False).metadata_props} >= set(facts)
+    session = onnxruntime.InferenceSession(path)
+    for file in (PHOTOGRAPH, tmp_path / "small.png", tiny_folder / "test/square/0.png"):
+        expected = engine.predict(model, dataset=PredictDataset(file))[0].anomaly_map.squeeze()
+        image = read_image(file, as_tensor=True)[None]
         with torch.no_grad():
-            answers = {"torch": model.eval()(image).anomaly_map, "openvino": network(image.numpy())["anomaly_map"]}
+            answers = {"torch": model.eval()(image).anomaly_map}
         answers["onnx"] = session.run(["anomaly_map"], {"input": image.numpy()})[0]
         for name, answer in answers.items():
-            np.testing.assert_allclose(np.squeeze(answer), expected, atol=1e-3, err_msg=f"{name}, {path}")
+            np.testing.assert_allclose(np.squeeze(answer), expected, atol=1e-3, err_msg=f"{name}, {file}")
 
 
 @pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
