@@ -25,8 +25,9 @@ class AnomalyMapGenerator(nn.Module):
         sigma: Standard deviation of the Gaussian, in pixels of the image. Its radius is four times that. At the border
             the image is mirrored with its edge pixel repeated, as scipy's ``reflect`` does.
         score: What of the map is the image's score: ``max``, its maximum; ``top``, the mean of its highest pixels;
-            ``sum``, the sum of all, as RD's official code for one-class detection has it.
-        score_fraction: Share of the pixels that ``top`` takes the mean of, at least one pixel.
+            ``coarse``, the same of the coarsest scale's map alone; ``sum``, the sum of all, as RD's official code for
+            one-class detection has it.
+        score_fraction: Share of the pixels that ``top`` and ``coarse`` take the mean of, at least one pixel.
 
     Raises:
         ValueError: If there is no such score, or the fraction is not above 0 and at most 1.
@@ -41,7 +42,7 @@ class AnomalyMapGenerator(nn.Module):
 
     def __init__(self, sigma: float = 4.0, score: str = "max", score_fraction: float = 0.01) -> None:
         super().__init__()
-        check_choice("score", score, ("max", "top", "sum"))
+        check_choice("score", score, ("max", "top", "coarse", "sum"))
         check(0 < score_fraction <= 1, "score_fraction", "above 0 and at most 1", score_fraction)
         self.sigma = sigma
         self.score = score
@@ -62,12 +63,13 @@ class AnomalyMapGenerator(nn.Module):
             ``pred_score`` of shape ``(B,)``.
         """
         with torch.autocast(teacher[0].device.type, enabled=False):
-            finest, *others = (
+            maps = [
                 self._enlarge(_distance(t.float(), s.float()), image_size)
                 for t, s in zip(teacher, student, strict=True)
-            )
-            anomaly_map = sum(others, finest)
-        return InferenceBatch(pred_score=self._score(anomaly_map), anomaly_map=anomaly_map.unsqueeze(1))
+            ]
+            anomaly_map = sum(maps[1:], maps[0])
+        score = self._score(maps[-1] if self.score == "coarse" else anomaly_map)
+        return InferenceBatch(pred_score=score, anomaly_map=anomaly_map.unsqueeze(1))
 
     def _score(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """Score each map ``(B, H, W)``."""

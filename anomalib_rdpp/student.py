@@ -104,6 +104,7 @@ class LightStudent(Student):
         width: Channels inside, relative to the teacher's.
         bottleneck: Its parts, as of ``build_student``.
         scales: The scales that are given back, as of ``build_student``.
+        is_cascade: Whether the finer scales learn from what the coarser ones leave, without shaping it.
 
     Examples:
         >>> student = LightStudent([24, 40, 112], width=0.5)
@@ -113,7 +114,12 @@ class LightStudent(Student):
     """
 
     def __init__(
-        self, channels: Sequence[int], width: float = 1.0, bottleneck: str = "mff+oce", scales: Sequence[int] = SCALES
+        self,
+        channels: Sequence[int],
+        width: float = 1.0,
+        bottleneck: str = "mff+oce",
+        scales: Sequence[int] = SCALES,
+        is_cascade: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         widths = [max(8, round(width * count / 8) * 8) for count in channels]  # whole vectors of an edge CPU
@@ -123,7 +129,7 @@ class LightStudent(Student):
             self.bottleneck = Coarsest(ConvNormAct(channels[-1], widths[-1], 1), Embedding(widths[-1]))
         else:
             self.bottleneck = Coarsest(_shortcut(channels[-1], 2 * widths[-1]))
-        self.decoder = Decoder(widths, channels, min(scales))
+        self.decoder = Decoder(widths, channels, min(scales), is_cascade)
         self.scales = tuple(scales)
         self._freeze_unused(self.decoder.steps, self.decoder.heads)
 
@@ -159,12 +165,15 @@ class Embedding(BasicBlock):
 class Decoder(nn.Module):
     """From the embedding at 1/32 up to the teacher's scales: transposed convolution, residual block, 1x1 out.
 
-    What is finer than ``finest`` isn't computed: zeros stand in its place.
+    What is finer than ``finest`` isn't computed: zeros stand in its place. In a cascade no gradient goes from a finer
+    scale to a coarser one, so that the coarsest alone decides what passes the bottleneck.
     """
 
-    def __init__(self, widths: Sequence[int], channels: Sequence[int], finest: int = 1) -> None:
+    def __init__(
+        self, widths: Sequence[int], channels: Sequence[int], finest: int = 1, is_cascade: bool = False
+    ) -> None:
         super().__init__()
-        self.finest = finest
+        self.finest, self.is_cascade = finest, is_cascade
         wider = [*widths[1:], 2 * widths[-1]]
         scales = list(zip(wider, widths, channels, strict=True))[::-1]  # coarse to fine
         self.steps = nn.ModuleList(
@@ -182,7 +191,7 @@ class Decoder(nn.Module):
         """Reconstruct ``(B, C, H, W)`` per scale, fine to coarse, from ``(B, 2 * widths[-1], H/32, W/32)``."""
         reconstructed: list[torch.Tensor] = []
         for step, head in list(zip(self.steps, self.heads, strict=True))[: len(self.steps) + 1 - self.finest]:
-            embedding = step(embedding)
+            embedding = step(embedding.detach() if self.is_cascade and reconstructed else embedding)
             reconstructed.insert(0, head(embedding))
         return [embedding.new_zeros(())] * (self.finest - 1) + reconstructed
 
@@ -198,8 +207,9 @@ def build_student(
 
     Args:
         teacher: Gives channels and architecture.
-        student: ``paper`` for the papers' ResNet parts, ``light`` for the generic ones, ``auto`` for the papers' where
-            the teacher is one of their four ResNets and the light one for all others.
+        student: ``paper`` for the papers' ResNet parts, ``light`` for the generic ones, ``cascade`` for these with
+            gradients that end at each scale, ``auto`` for the papers' where the teacher is one of their four ResNets
+            and the light one for all others.
         width: Channels inside the light student, relative to the teacher's.
         bottleneck: ``mff+oce`` for RD's fusion of the scales and its residual stage, ``oce`` for that stage on the
             coarsest scale alone, ``none`` for no more than the stage's strided 1x1 convolution.
@@ -209,7 +219,7 @@ def build_student(
         ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or the
             width is not positive.
     """
-    check_choice("student", student, ("auto", "paper", "light"))
+    check_choice("student", student, ("auto", "paper", "light", "cascade"))
     check_choice("bottleneck", bottleneck, BOTTLENECKS)
     if not scales or sorted(set(scales)) != list(scales) or not set(scales) <= set(SCALES):
         msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."
@@ -220,8 +230,8 @@ def build_student(
     if student == "paper" and not has_paper:
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."
         raise ValueError(msg)
-    if student == "light" or not has_paper:
-        return LightStudent(teacher.channels, width, bottleneck, scales)
+    if student in {"light", "cascade"} or not has_paper:
+        return LightStudent(teacher.channels, width, bottleneck, scales, student == "cascade")
     if width != 1:
         msg = f"width {width} is an option of the light student; the papers' has width 1: take student='light'."
         raise ValueError(msg)

@@ -232,6 +232,8 @@ def test_score_is_what_the_argument_says():
         "sum": pixels.sum(1),
         "top": pixels.sort(descending=True).values[:, :41].mean(1),  # 1 % of 4,096 pixels
     }
+    coarsest = AnomalyMapGenerator()(teacher[-1:], student[-1:], (64, 64)).anomaly_map
+    expected["coarse"] = coarsest.flatten(1).sort(descending=True).values[:, :41].mean(1)
     for score, value in expected.items():
         prediction = AnomalyMapGenerator(score=score, score_fraction=0.01)(teacher, student, (64, 64))
         torch.testing.assert_close(prediction.pred_score, value)

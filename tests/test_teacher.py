@@ -207,6 +207,18 @@ def test_light_student_computes_no_scale_that_is_finer_than_needed():
     assert [tuple(feature.shape) for feature in student(features)] == [(2, 112, 4, 4)]
 
 
+def test_finer_scales_of_a_cascade_teach_the_coarser_ones_nothing():
+    model = RDPP(**TINY, student="cascade", projection=False, score="coarse").model.train()
+    features = model(torch.rand(2, 3, 64, 64))
+    for scale, parts in ((0, [2]), (1, [1]), (2, [0])):
+        model.zero_grad()
+        (features.student[scale] - features.teacher[scale]).square().sum().backward(retain_graph=True)
+        learning = {name for name, each in model.student.named_parameters() if each.grad is not None}
+        steps = [int(name.split(".")[2]) for name in learning if name.startswith("decoder.steps")]
+        assert set(steps) == set(parts)
+        assert any(name.startswith("bottleneck") for name in learning) == (scale == 2)
+
+
 # -- weights from a file
 
 

@@ -47,7 +47,8 @@ class AAND(DistillationMixin, AnomalibModule):
         pre_trained: Whether the teacher takes ImageNet weights, from timm's cache or by download.
         teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
         student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
-            for one with fewer multiply-adds for any teacher; "auto" for the papers' where there is one.
+            for one with fewer multiply-adds for any teacher; "cascade" for the same, whose coarsest scale alone decides
+            what passes the bottleneck; "auto" for the papers' where there is one.
         width: Channels inside the light student, relative to the teacher's.
         recipe: "paper" for the paper's optimiser, whose rates fall to a fifth at 80 % and 90 % of a stage; "fast"
             for AdamW, a warm-up and a cosine in either stage, and little gradient for what the student has
@@ -67,8 +68,9 @@ class AAND(DistillationMixin, AnomalibModule):
         foreground_dir: Folder of foreground masks instead (object not black), each with the stem of its image's file
             name and the size of its file. Pre-processor and augmentations may then resize, but not crop, flip or turn.
         score: An image's score: "top" for the mean of its map's highest pixels, which was ahead on two data sets; "max"
-            for the map's maximum, as in the papers; "sum" for the sum of all.
-        score_fraction: Share of the map's pixels that score="top" averages.
+            for the map's maximum, as in the papers; "sum" for the sum of all; "coarse" as "top", of the coarsest
+            scale's map alone.
+        score_fraction: Share of the map's pixels that score="top" and "coarse" average.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
         post_processor: Post-processor, True for anomalib's, or False.
         evaluator: Evaluator, True for anomalib's metrics, or False.

@@ -38,7 +38,8 @@ class RDPP(DistillationMixin, AnomalibModule):
         pre_trained: Whether the teacher takes ImageNet weights, from timm's cache or by download.
         teacher_weights: File with the teacher's state dict (.pt, .pth, .safetensors), instead of a download.
         student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
-            for one with fewer multiply-adds for any teacher; "auto" for the papers' where there is one.
+            for one with fewer multiply-adds for any teacher; "cascade" for the same, whose coarsest scale alone decides
+            what passes the bottleneck; "auto" for the papers' where there is one.
         width: Channels inside the light student, relative to the teacher's.
         projection: True for the paper's, "light" for one with fewer multiply-adds. False for plain RD (CVPR 2022): the
             student sees the teacher's features as they are, and the distillation loss trains it alone.
@@ -57,8 +58,9 @@ class RDPP(DistillationMixin, AnomalibModule):
         noise_patch_min: Shortest side of the noisy rectangle, in pixels.
         noise_patch_max: Longest side of the noisy rectangle, in pixels.
         score: An image's score: "top" for the mean of its map's highest pixels, which was ahead on two data sets; "max"
-            for the map's maximum, as in the papers; "sum" for the sum of all.
-        score_fraction: Share of the map's pixels that score="top" averages.
+            for the map's maximum, as in the papers; "sum" for the sum of all; "coarse" as "top", of the coarsest
+            scale's map alone.
+        score_fraction: Share of the map's pixels that score="top" and "coarse" average.
         bottleneck: "mff+oce" for the paper's; "oce" without the fusion of scales, "none" without its residual stage
             too, for ablations.
         scales: Which of the scales 1 to 3, fine to coarse, the student gives back and the map compares, for ablations.
