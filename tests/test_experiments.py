@@ -140,6 +140,7 @@ def test_stored_rows_of_experiments_are_read():
             "fast_light",
             "long",
             "oneclass",
+            "cascade",
             "gpu_long",
             "gpu_ablation",
             "gpu_fast_200",
