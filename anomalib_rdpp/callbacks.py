@@ -77,7 +77,7 @@ class LastState(Callback):
             trainer.training = True
             self._store_all(trainer, pl_module)
         if not trainer.enable_validation:
-            rank_zero_warn("Without validation the model has no thresholds, nor do its answers have labels.")
+            rank_zero_info("Without validation the model has no thresholds, nor do its answers have labels.")
 
     def _store_all(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401
         """Store by all that keep the latest state."""

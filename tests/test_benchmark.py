@@ -220,6 +220,7 @@ MALFORMED = {
     "empty": ("", "must be a mapping, got 'None'"),
     "broken": ("models: {a: [}\n", "is no YAML: while parsing"),
     "no text": (b"\xff\xfe\x00\xd8", "is no YAML"),
+    "no model": ({"models": {}}, "models must be a mapping, got '{}'"),
     "too little": ("models: {}\n", "is no grid of the accuracy benchmark: it has no batch_size, data"),
     "seeds": ({"seeds": 0}, "seeds must be a list, got '0'"),
     "no seeds": ({"seeds": []}, "seeds must be a list, got '[]'"),
@@ -495,15 +496,15 @@ def test_grid_that_latency_cannot_take_is_refused(timed, monkeypatch):
     stored = {"stored": {**TOY, "ckpt_path": "model.ckpt"}}
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     for models, keys, message in (
-        ({}, {"precisions": ["int4"]}, r"Unknown 'int4'; choose of 'torch', .*'int8, bf16'"),
+        ({"ours": TOY}, {"precisions": ["int4"]}, r"Unknown 'int4'; choose of 'torch', .*'int8, bf16'"),
         (stored, {"backbones": ["resnet18", "resnet34"]}, r"but stored would be measured with each of resnet18, res"),
-        ({}, {"precisions": ["bf16"]}, r"Nothing is left to measure: this CPU has no bfloat16"),
-        ({}, {"threads": 2}, r"threads must be a list, got '2'"),
+        ({"ours": TOY}, {"precisions": ["bf16"]}, r"Nothing is left to measure: this CPU has no bfloat16"),
+        ({"ours": TOY}, {"threads": 2}, r"threads must be a list, got '2'"),
     ):
         config, output = timed(models, **keys)
         with pytest.raises(ValueError, match=message):
             run_latency(config, output)
-    config.write_text(yaml.safe_dump({"models": {}, "image_size": 64}))
+    config.write_text(yaml.safe_dump({"models": {"ours": TOY}, "image_size": 64}))
     with pytest.raises(ValueError, match=r"times.yaml' is no grid of the latency benchmark: it has no backbones, p"):
         run_latency(config, output)
 

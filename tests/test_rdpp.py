@@ -306,7 +306,7 @@ def test_noise_fits_an_image_smaller_than_its_patches():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"score": "median"}, "score must be one of max, top, sum, got 'median'"),
+        ({"score": "median"}, "score must be one of max, top, coarse, sum, got 'median'"),
         ({"score": "top", "score_fraction": 0.0}, "score_fraction must be above 0 and at most 1, got 0.0"),
         ({"recipe": "slow"}, "recipe must be one of paper, fast, got 'slow'"),
         ({"projection": "heavy"}, "projection must be one of True, False, light, got 'heavy'"),

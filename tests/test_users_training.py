@@ -163,6 +163,7 @@ def test_resuming_what_is_complete_says_that_nothing_was_trained(fit, data, tmp_
     assert any("Nothing was trained: max_epochs 1 or max_steps -1 is reached" in str(each.message) for each in said)
 
 
-def test_model_without_validation_says_that_it_has_no_thresholds(fit):
-    with pytest.warns(UserWarning, match="no thresholds"):
+def test_model_without_validation_says_that_it_has_no_thresholds(fit, caplog):
+    with caplog.at_level("INFO"):
         fit(build(), max_epochs=1, limit_val_batches=0)
+    assert "Without validation the model has no thresholds" in caplog.text

@@ -75,7 +75,7 @@ def _check(value: Any, wanted: Any, where: str) -> None:  # noqa: ANN401
         wanted = wanted[isinstance(value, dict)]
     kind = wanted if isinstance(wanted, type) else type(wanted)
     is_count = kind is Count and type(value) is int and value > 0
-    if not (is_count or type(value) is kind) or (not isinstance(wanted, type) and not value):
+    if not (is_count or type(value) is kind) or value == [] or (value == {} and "" in wanted):
         msg = f"{where} must be {WORDS[kind]}, got {str(value)[:60]!r}."
         raise ValueError(msg)
     if isinstance(wanted, list):
