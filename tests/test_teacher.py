@@ -118,7 +118,7 @@ def test_teacher_normalises_as_its_network_was_trained():
         ({"backbone": "convmixer_768_32"}, r"features at strides \[7, 7, 7\], but 4, 8 and 16 are needed"),
         ({"backbone": "inception_v3"}, "choose a CNN that pads its convolutions"),
         ({"backbone": "test_resnet", "student": "paper"}, "no student for 'test_resnet', only for resnet18"),
-        ({"student": "heavy"}, "student must be one of auto, paper, light, got 'heavy'"),
+        ({"student": "heavy"}, "student must be one of auto, paper, light, cascade, got 'heavy'"),
         ({"student": "light", "width": 0.0}, "width must be above 0, got 0.0"),
         ({"student": "light", "width": -1.0}, "width must be above 0, got -1.0"),
         ({"width": 0.5}, "width 0.5 is an option of the light student"),
