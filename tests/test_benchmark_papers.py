@@ -17,8 +17,8 @@ from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, runs_of
 pytestmark = pytest.mark.no_cover  # coverage leaves the benchmark out
 ROOT = Path(__file__).parents[1]
 PAPERS = sorted((ROOT / "configs/benchmark/papers").glob("*.yaml"))
-LATENCY = ROOT / "experiments/configs/latency_edge.yaml"  # has other keys
-GRIDS = [*PAPERS, *sorted(set((ROOT / "experiments/configs").glob("*.yaml")) - {LATENCY})]
+LATENCY = set((ROOT / "experiments/configs").glob("latency_*.yaml"))  # have other keys
+GRIDS = [*PAPERS, *sorted(set((ROOT / "experiments/configs").glob("*.yaml")) - LATENCY)]
 TOY = {"class_path": "benchmark_toy.Toy"}
 # Per data set: folders of training images, normal and abnormal test images, masks.
 LAYOUTS = {
