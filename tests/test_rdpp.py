@@ -21,9 +21,7 @@ from anomalib_rdpp.synthesis.noise import SimplexNoise
 from anomalib_rdpp.teacher import Teacher
 
 # Slow are those that tests/test_published.py builds with a file's weights.
-MORE = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "resnet50.tv_in1k", "wide_resnet50_2.tv_in1k")
-]
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50.tv_in1k", "wide_resnet50_2.tv_in1k")]
 RESNET = {"backbone": "resnet18", "pre_trained": False}
 
 
@@ -35,7 +33,7 @@ def features(batch=3, seed=0):
 # -- the graph
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", *MORE])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", *MORE])
 def test_any_backbone_gives_map_and_score(backbone):
     model = RDPPModel(backbone, pre_trained=False).eval()
     prediction = model(torch.rand(2, 3, 64, 96))
