@@ -84,7 +84,7 @@ def read_right(dataset: Dataset) -> None:
                 "as they are stored, while viewers and OpenCV turn them. Masks and the images on the box must agree."
             )
         masks = dataset.samples["mask_path"] if "mask_path" in getattr(dataset, "samples", ()) else ()
-        for path in {str(mask) for mask in masks if isinstance(mask, str | Path) and str(mask)}:
+        for path in {str(mask) for mask in masks if isinstance(mask, str | Path) and Path(mask).is_file()}:
             with Image.open(path) as mask:
                 if mask.mode == "F" or _is_transparent(mask):
                     raise _refusal(path, "is a mask with transparent or floating-point pixels, of unknown meaning")
