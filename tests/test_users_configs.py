@@ -23,10 +23,10 @@ def draw(path, mode="RGB"):
 
 
 def lay_out(root, layout, folders):
-    """Write four normal images to train on, two to test on, two defects of each kind and their masks."""
+    """Write six normal images to train on, two to test on, two defects of each kind and their masks."""
     normal, good, defects = (folders.get(f"{part}_dir") for part in ("normal", "normal_test", "abnormal"))
     defects = defects if isinstance(defects, list) else [defects or "test/defect"]
-    images = [(normal or "train/good", 4), (good or "test/good", 2), *((defect, 2) for defect in defects)]
+    images = [(normal or "train/good", 6), (good or "test/good", 2), *((defect, 2) for defect in defects)]
     for folder, number in [*images, ("validation/good", 2)] if layout == "MVTec3D" else images:
         for name in map(str, range(number)):
             if layout == "MVTec3D":
