@@ -84,12 +84,16 @@ def read_right(dataset: Dataset) -> None:
                 "as they are stored, while viewers and OpenCV turn them. Masks and the images on the box must agree."
             )
         masks = dataset.samples["mask_path"] if "mask_path" in getattr(dataset, "samples", ()) else ()
-        for path in {str(mask) for mask in masks if isinstance(mask, str | Path) and Path(mask).is_file()}:
+        jpegs = []
+        for path in sorted({str(mask) for mask in masks if isinstance(mask, str | Path) and Path(mask).is_file()}):
             with Image.open(path) as mask:
                 if mask.mode == "F" or _is_transparent(mask):
                     raise _refusal(path, "is a mask with transparent or floating-point pixels, of unknown meaning")
-                if mask.format == "JPEG":
-                    rank_zero_warn(f"The mask '{path}' is a JPEG, whose grey edges count as defect: save it as PNG.")
+                jpegs += [path] if mask.format == "JPEG" else []
+        if jpegs:
+            rank_zero_warn(
+                f"{len(jpegs)} masks are JPEGs, whose grey edges count as defect, the first is '{jpegs[0]}': save PNGs."
+            )
 
 
 def datasets(trainer: Trainer) -> Iterator[tuple[str, Dataset]]:

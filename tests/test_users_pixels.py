@@ -207,6 +207,18 @@ def test_masks_of_unknown_meaning_are_refused_by_name(tiny_folder, tmp_path, kin
         read_right(data.test_data)
 
 
+def test_masks_in_jpeg_are_said_once(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    for path in sorted((tmp_path / "ground_truth/square").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"))
+        path.unlink()
+    data = Folder("masks", root=tmp_path, **FOLDERS, num_workers=0, val_split_mode="same_as_test")
+    data.setup()
+    with pytest.warns(UserWarning, match=r"4 masks are JPEGs.*the first is '.*square/0\.jpg'") as said:
+        read_right(data.test_data)
+    assert len(said) == 1
+
+
 def test_dark_white_and_overshooting_images_are_images():
     images = torch.stack([torch.zeros(3, 64, 64), torch.ones(3, 64, 64), 1.6 * torch.rand(3, 64, 64) - 0.3])
     model = small()
