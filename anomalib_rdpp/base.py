@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_rdpp.callbacks import LastState
 from anomalib_rdpp.export import SafeExportMixin
-from anomalib_rdpp.pixels import datasets, read_right, refuse_moving, refuse_normalize
+from anomalib_rdpp.pixels import datasets, is_fixed, read_right, refuse_moving, refuse_normalize
 from anomalib_rdpp.resize import keep_antialias
 from anomalib_rdpp.teacher import architecture
 from anomalib_rdpp.threshold import QUANTILE, NormalThreshold
@@ -115,6 +115,8 @@ class DistillationMixin(SafeExportMixin):
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
             transforms.append((f"The transform of the {name} images", transform))
+            if name == "train":
+                self.model.teacher.keeps = is_fixed(transform)
         for where, transform in transforms:
             refuse_normalize(transform, where)
             if stage == "fit" and self.hparams.get("foreground_dir"):
@@ -131,6 +133,10 @@ class DistillationMixin(SafeExportMixin):
             raise ValueError(msg)
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def on_train_end(self) -> None:
+        """Free the memory of the teacher's features."""
+        self.model.teacher.kept.clear()
 
     def on_before_batch_transfer(self, batch: Batch, *_: object) -> Batch:
         """Refuse, by ``ValueError``, files with pixels far outside of [0, 1], while they are still on the CPU."""

@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import to_image
 
 SLACK = 0.05  # beyond [0, 1]: what an even image may come to in a transform
 CONVERTIBLE = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # Pillow's modes that look the same as RGB
+FIXED = {"Resize", "CenterCrop", "Compose", "Sequential", "Identity"}  # transforms that draw no numbers
 ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 EIGHT_BITS, SIXTEEN_BITS, TURNED = "8 bits", "16 bits", "8 bits, turned by EXIF"
 ORIENTATION, BITS, WHITE_IS_0, PLANES, SAMPLE_FORMAT = 274, 258, 262, 284, 339  # tags of EXIF and TIFF
@@ -126,6 +127,11 @@ def transforms_in(root: object) -> Iterator[object]:
             found += [cell.cell_contents for cell in getattr(each, "__closure__", None) or ()]
             found += [getattr(each, name, None) for name in ("func", "args", "keywords", "__self__")]
             found += [] if isinstance(each, FunctionType) else getattr(each, "__dict__", {}).values()
+
+
+def is_fixed(transform: object) -> bool:
+    """Whether a transform surely makes the same pixels of an image each time."""
+    return all(type(each).__name__ in FIXED for each in transforms_in(transform))
 
 
 def refuse_normalize(transform: object, where: str) -> None:

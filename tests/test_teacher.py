@@ -1,5 +1,6 @@
 """Teacher and student: any CNN of timm, weights from files, and what is refused."""
 
+import copy
 import os
 import pickle
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import build, engine
 from torchvision.io import decode_image
+from torchvision.transforms.v2 import RandomHorizontalFlip
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
@@ -292,6 +294,58 @@ def test_teacher_takes_the_whole_network_or_the_part_that_is_read(tmp_path, back
     assert reductions
     for ours, feature in zip(teacher(images), theirs, strict=True):
         torch.testing.assert_close(ours, feature, rtol=1e-4, atol=1e-5)
+
+
+def computed_by(teacher):
+    """Numbers of images that the network itself sees from now on."""
+    counts = []
+    teacher.network.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    return counts
+
+
+def test_features_of_images_that_come_again_are_kept(monkeypatch):
+    teacher, images = Teacher("test_resnet", pre_trained=False), torch.rand(4, 3, 64, 64)
+    expected = teacher(images)
+    assert not teacher.kept
+    teacher.keeps = True
+    counts = computed_by(teacher)
+    for order, computed in (([0, 1, 2], [3]), ([2, 0], []), ([1, 3, 0], [1])):
+        for feature, one in zip(teacher(images[order], may_keep=True), expected, strict=True):
+            torch.testing.assert_close(feature, one[order])
+        assert counts == computed
+        counts.clear()
+    teacher((images + 0.001)[:1], may_keep=True)
+    assert counts == [1], "other pixels are another image"
+    assert teacher.kept and not copy.deepcopy(teacher).kept
+    monkeypatch.setattr("anomalib_rdpp.teacher.MOST_KEPT", 0)
+    teacher.kept.clear()
+    teacher(images, may_keep=True)
+    assert not teacher.kept
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "augmentations", "computed"),
+    [
+        ("RDPP", {"projection": False}, None, 6),
+        ("RDPP", {"projection": False}, RandomHorizontalFlip(0.0), 18),
+        ("RDPP", {}, None, 6 + 18),
+        ("AAND", {}, None, 6 + 6),
+    ],
+)
+def test_training_computes_the_features_of_an_image_once(
+    name, arguments, augmentations, computed, tmp_path, make_tiny_data
+):
+    """In three epochs of six images; with noise, those of the noisy images too, of AAND's first stage each."""
+    data = make_tiny_data()
+    data.train_augmentations = augmentations
+    model = build(name, **arguments)
+    counts = []
+    model.model.teacher.network.register_forward_pre_hook(
+        lambda _, inputs: counts.append(len(inputs[0]) * model.model.training)
+    )
+    engine(tmp_path, max_epochs=3).fit(model, datamodule=data)
+    assert sum(counts) == computed
+    assert not model.model.teacher.kept
 
 
 def test_packaged_weights_are_those_of_the_network(monkeypatch):

@@ -97,7 +97,7 @@ class AANDModel(nn.Module):
             ValueError: If the images have not three channels or their sides are no multiples of 32.
         """
         check_images(images)
-        teacher = self.teacher(images)
+        teacher = self.teacher(images, may_keep=self.training and not self.is_amplifying)
         amplified, gates = self.amplify(teacher, masks)
         if self.is_amplifying:
             if self.training:

@@ -81,7 +81,7 @@ class RDPPModel(nn.Module):
             noisy_teacher = self.teacher(noisy_images)  # a batch of its own: twice the batch is slower on a CPU
         noisy_projected = self.project(noisy_teacher) if noisy_teacher else []
 
-        teacher = self.teacher(images)
+        teacher = self.teacher(images, may_keep=self.training)
         projected = self.project(teacher)
         student, compared = self.student(projected), self.student.compared(teacher)
         if self.training:
