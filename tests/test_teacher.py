@@ -316,7 +316,8 @@ def test_features_of_images_that_come_again_are_kept(monkeypatch):
         counts.clear()
     teacher((images + 0.001)[:1], may_keep=True)
     assert counts == [1], "other pixels are another image"
-    assert teacher.kept and not copy.deepcopy(teacher).kept
+    assert teacher.kept
+    assert not copy.deepcopy(teacher).kept
     monkeypatch.setattr("anomalib_rdpp.teacher.MOST_KEPT", 0)
     teacher.kept.clear()
     teacher(images, may_keep=True)
