@@ -116,7 +116,7 @@ class DistillationMixin(SafeExportMixin):
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
             transforms.append((f"The transform of the {name} images", transform))
             if name == "train":
-                self.model.teacher.keeps = is_fixed(transform)
+                self.model.teacher.keeps, self.model.teacher.kept = is_fixed(transform), {}
         for where, transform in transforms:
             refuse_normalize(transform, where)
             if stage == "fit" and self.hparams.get("foreground_dir"):

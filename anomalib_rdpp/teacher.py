@@ -118,7 +118,7 @@ class Teacher(nn.Module):
 
     def _recall(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Give the features of images that may have come before, known by their pixels."""
-        keys = [blake2b(image.contiguous().numpy()).digest() for image in images]
+        keys = [blake2b(image.contiguous().view(torch.uint8).numpy()).digest() for image in images]
         new = [i for i, key in enumerate(keys) if key not in self.kept]
         features = [self.kept.get(key, ()) for key in keys]
         for i, feature in zip(new, zip(*self(images[new]), strict=True) if new else (), strict=True):

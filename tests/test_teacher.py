@@ -318,6 +318,9 @@ def test_features_of_images_that_come_again_are_kept(monkeypatch):
     assert counts == [1], "other pixels are another image"
     assert teacher.kept
     assert not copy.deepcopy(teacher).kept
+    low = images.bfloat16()  # Lightning's bf16-true; numpy has no such type
+    assert teacher.bfloat16()(low, may_keep=True)[0].dtype == torch.bfloat16
+    teacher.float()
     monkeypatch.setattr("anomalib_rdpp.teacher.MOST_KEPT", 0)
     teacher.kept.clear()
     teacher(images, may_keep=True)
