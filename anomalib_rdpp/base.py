@@ -111,12 +111,13 @@ class DistillationMixin(SafeExportMixin):
         warnings.filterwarnings("ignore", message=r".*overridden `on_before_batch_transfer`|.*module\(s\) in eval mode")
         own = getattr(self.pre_processor, "transform", self.pre_processor)
         transforms = [(f"The pre-processor of {self.name}", own)]
+        self.model.teacher.keeps, self.model.teacher.kept = False, {}
         for name, dataset in datasets(self.trainer) if self._trainer else ():
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
             transforms.append((f"The transform of the {name} images", transform))
             if name == "train":
-                self.model.teacher.keeps, self.model.teacher.kept = is_fixed(transform), {}
+                self.model.teacher.keeps = is_fixed([own, transform])
         for where, transform in transforms:
             refuse_normalize(transform, where)
             if stage == "fit" and self.hparams.get("foreground_dir"):
@@ -133,10 +134,6 @@ class DistillationMixin(SafeExportMixin):
             raise ValueError(msg)
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
-
-    def on_train_end(self) -> None:
-        """Free the memory of the teacher's features."""
-        self.model.teacher.kept.clear()
 
     def on_before_batch_transfer(self, batch: Batch, *_: object) -> Batch:
         """Refuse, by ``ValueError``, files with pixels far outside of [0, 1], while they are still on the CPU."""

@@ -85,7 +85,7 @@ class Teacher(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(normalisation[name]).view(1, 3, 1, 1))
         self.keeps = False  # set where training shows the same images again and again
-        self.kept: dict[bytes, tuple[torch.Tensor, ...]] = {}
+        self.kept: dict[tuple[torch.Size, bytes], tuple[torch.Tensor, ...]] = {}
         self.register_load_state_dict_pre_hook(_read_earlier_names)  # type: ignore[no-untyped-call]
         self.requires_grad_(requires_grad=False)
         self.eval()
@@ -118,7 +118,7 @@ class Teacher(nn.Module):
 
     def _recall(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Give the features of images that may have come before, known by their pixels."""
-        keys = [blake2b(image.contiguous().view(torch.uint8).numpy()).digest() for image in images]
+        keys = [(each.shape, blake2b(each.contiguous().view(torch.uint8).numpy()).digest()) for each in images]
         new = [i for i, key in enumerate(keys) if key not in self.kept]
         features = [self.kept.get(key, ()) for key in keys]
         for i, feature in zip(new, zip(*self(images[new]), strict=True) if new else (), strict=True):

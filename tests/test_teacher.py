@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from tiny import build, engine
 from torchvision.io import decode_image
-from torchvision.transforms.v2 import RandomHorizontalFlip
+from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP
@@ -296,6 +298,9 @@ def test_teacher_takes_the_whole_network_or_the_part_that_is_read(tmp_path, back
         torch.testing.assert_close(ours, feature, rtol=1e-4, atol=1e-5)
 
 
+RANDOM = Compose([Resize((64, 64)), RandomHorizontalFlip(0.0)])
+
+
 def computed_by(teacher):
     """Numbers of images that the network itself sees from now on."""
     counts = []
@@ -332,6 +337,7 @@ def test_features_of_images_that_come_again_are_kept(monkeypatch):
     [
         ("RDPP", {"projection": False}, None, 6),
         ("RDPP", {"projection": False}, RandomHorizontalFlip(0.0), 18),
+        ("RDPP", {"projection": False, "pre_processor": PreProcessor(RANDOM)}, None, 18),
         ("RDPP", {}, None, 6 + 18),
         ("AAND", {}, None, 6 + 6),
     ],
@@ -350,6 +356,21 @@ def test_training_computes_the_features_of_an_image_once(
     engine(tmp_path, max_epochs=3).fit(model, datamodule=data)
     assert sum(counts) == computed
     assert not model.model.teacher.kept
+
+
+def test_no_features_are_left_by_a_training_that_failed(tmp_path, make_tiny_data):
+    class Fails(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            del trainer
+            assert pl_module.model.teacher.kept
+            raise OSError
+
+    model, data = build("RDPP", projection=False), make_tiny_data()
+    with pytest.raises(OSError, match=r"^$"):
+        engine(tmp_path, Fails()).fit(model, datamodule=data)
+    assert not model.model.teacher.kept
+    engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
+    assert not model.model.teacher.keeps, "what a loader does with its images isn't known"
 
 
 def test_packaged_weights_are_those_of_the_network(monkeypatch):
