@@ -123,13 +123,18 @@ def test_onnx_answers_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tm
     assert {each.key for each in onnx.load(path, load_external_data=False).metadata_props} >= set(facts)
     session = onnxruntime.InferenceSession(path)
     for file in (PHOTOGRAPH, tmp_path / "small.png", tiny_folder / "test/square/0.png"):
-        expected = engine.predict(model, dataset=PredictDataset(file))[0].anomaly_map.squeeze()
+        expected = engine.predict(model, dataset=PredictDataset(file))[0]
         image = read_image(file, as_tensor=True)[None]
         with torch.no_grad():
-            answers = {"torch": model.eval()(image).anomaly_map}
-        answers["onnx"] = session.run(["anomaly_map"], {"input": image.numpy()})[0]
-        for name, answer in answers.items():
-            np.testing.assert_allclose(np.squeeze(answer), expected, atol=1e-3, err_msg=f"{name}, {file}")
+            direct = model.eval()(image)
+        answers = {"torch": (direct.pred_score, direct.anomaly_map)}
+        answers["onnx"] = session.run(["pred_score", "anomaly_map"], {"input": image.numpy()})
+        for name, (score, anomaly_map) in answers.items():
+            where = f"{name}, {file}"
+            np.testing.assert_allclose(
+                np.squeeze(anomaly_map), expected.anomaly_map.squeeze(), atol=1e-3, err_msg=where
+            )
+            np.testing.assert_allclose(np.squeeze(score), expected.pred_score.squeeze(), atol=1e-3, err_msg=where)
 
 
 @pytest.mark.parametrize("mode", [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC])
