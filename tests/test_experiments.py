@@ -97,7 +97,7 @@ def test_images_that_are_kept_are_those_of_the_files(tiny_data):
 
 
 def test_times_of_steps(tmp_path):
-    table = gpu.run_gpu(tmp_path / "gpu.csv", ["resnet18"], ["32-true"], ["AAND, stage one", "RD"], 32, 2, windows=1)
+    table = gpu.run_gpu(tmp_path / "gpu.csv", ["test_resnet"], ["32-true"], ["AAND, stage one", "RD"], 32, 2, windows=1)
     rows = gpu.gpu_results(tmp_path / "gpu.csv").rows()
     assert [row["model"] for row in rows if not row["error"] and float(row["median_ms"]) > 0] == [
         "AAND, stage one",
