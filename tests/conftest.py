@@ -79,6 +79,15 @@ def _seed_and_clean(request):
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """Make new weights 0: to draw those of a WideResNet takes seconds, and not all tests need any."""
+    import torch
+
+    for draw in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, draw, lambda weight, *_, **__: weight.zero_())
+
+
+@pytest.fixture
 def golden():
     """Read reference values of the official code: arrays by name, lists of scales by ``scales(name)``."""
     return Golden

@@ -241,10 +241,9 @@ def test_config_without_defects_trains_on_nothing_but_normal_images(tiny_folder,
 
 
 @pytest.mark.no_cover
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_is_parsed_by_the_real_command_line(config, monkeypatch):
-    for draw in ("normal_", "uniform_"):  # to draw the weights of a WideResNet takes seconds, and a parser needs none
-        monkeypatch.setattr(torch.Tensor, draw, lambda weight, *_, **__: weight)
+def test_every_config_is_parsed_by_the_real_command_line(config):
     AnomalibCLI(args=["train", "--config", str(config), "--model.pre_trained", "false"], run=False)
 
 

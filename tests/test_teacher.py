@@ -301,10 +301,10 @@ def test_teacher_takes_the_whole_network_or_the_part_that_is_read(tmp_path, back
 RANDOM = Compose([Resize((64, 64)), RandomHorizontalFlip(0.0)])
 
 
-def computed_by(teacher):
+def computed_by(teacher, is_counting=lambda: True):
     """Numbers of images that the network itself sees from now on."""
     counts = []
-    teacher.network.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    teacher.network.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0]) * is_counting()))
     return counts
 
 
@@ -349,10 +349,7 @@ def test_training_computes_the_features_of_an_image_once(
     data = make_tiny_data()
     data.train_augmentations = augmentations
     model = build(name, **arguments)
-    counts = []
-    model.model.teacher.network.register_forward_pre_hook(
-        lambda _, inputs: counts.append(len(inputs[0]) * model.model.training)
-    )
+    counts = computed_by(model.model.teacher, lambda: model.model.training)
     engine(tmp_path, max_epochs=3).fit(model, datamodule=data)
     assert sum(counts) == computed
     assert not model.model.teacher.kept
