@@ -13,20 +13,22 @@ import math
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch.nn import Module, functional
 from torch.optim import Adam, AdamW, Optimizer
 
 
-def build_optimizer(recipe: str, parts: Sequence[Module], rates: Sequence[float], fused: bool) -> Optimizer:
-    """Build the optimiser of a recipe for parts of a network with rates of their own.
+def build_optimizer(owner: LightningModule, parts: Sequence[Module], rates: Sequence[float]) -> Optimizer:
+    """Build the optimiser of the owner's recipe for parts of its network, with rates of their own.
 
-    Parts without parameters are left out. ``fused`` is faster on a CPU; on a GPU it rules out clipping under AMP.
+    Parts without parameters are left out. On a CPU it is fused, which is faster, unless the trainer clips gradients:
+    Lightning refuses to clip those of a fused one under AMP.
     """
+    fused = owner.device.type == "cpu" and not getattr(getattr(owner, "_trainer", None), "gradient_clip_val", None)
     groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in zip(parts, rates, strict=True)]
     groups = [group for group in groups if group["params"]]
-    if recipe == "paper":
+    if owner.hparams["recipe"] == "paper":
         return Adam(groups, betas=(0.5, 0.999), fused=fused)  # of all three papers' official code
     return AdamW(groups, betas=(0.9, 0.999), eps=1e-10, weight_decay=1e-5, fused=fused)  # ReContrast
 

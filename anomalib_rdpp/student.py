@@ -16,6 +16,7 @@ Source: Deng & Li, Anomaly Detection via Reverse Distillation from One-Class Emb
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.models.components.backbone import get_decoder
 from anomalib.models.image.reverse_distillation.components import get_bottleneck_layer
@@ -101,7 +102,7 @@ class LightStudent(Student):
 
     Args:
         channels: Channels of the teacher at the three scales, fine to coarse.
-        width: Channels inside, relative to the teacher's.
+        width: Channels inside, relative to the teacher's; or such a number for each scale, fine to coarse.
         bottleneck: Its parts, as of ``build_student``.
         scales: The scales that are given back, as of ``build_student``.
         is_cascade: Whether the finer scales learn from what the coarser ones leave, without shaping it.
@@ -116,13 +117,14 @@ class LightStudent(Student):
     def __init__(
         self,
         channels: Sequence[int],
-        width: float = 1.0,
+        width: float | Sequence[float] = 1.0,
         bottleneck: str = "mff+oce",
         scales: Sequence[int] = SCALES,
         is_cascade: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        widths = [max(8, round(width * count / 8) * 8) for count in channels]  # whole vectors of an edge CPU
+        eighths = np.round(np.multiply(width, channels) / 8)  # whole vectors of an edge CPU
+        widths = np.maximum(8, 8 * eighths).astype(int).tolist()
         if bottleneck == "mff+oce":
             self.bottleneck = nn.Sequential(Fuse(channels, widths), Embedding(widths[-1]))
         elif bottleneck == "oce":
@@ -199,7 +201,7 @@ class Decoder(nn.Module):
 def build_student(
     teacher: Teacher,
     student: str = "auto",
-    width: float = 1.0,
+    width: float | Sequence[float] = 1.0,
     bottleneck: str = "mff+oce",
     scales: Sequence[int] = SCALES,
 ) -> Student:
@@ -210,13 +212,13 @@ def build_student(
         student: ``paper`` for the papers' ResNet parts, ``light`` for the generic ones, ``cascade`` for these with
             gradients that end at each scale, ``auto`` for the papers' where the teacher is one of their four ResNets
             and the light one for all others.
-        width: Channels inside the light student, relative to the teacher's.
+        width: Channels inside the light student, relative to the teacher's: one number, or one of each scale.
         bottleneck: ``mff+oce`` for RD's fusion of the scales and its residual stage, ``oce`` for that stage on the
             coarsest scale alone, ``none`` for no more than the stage's strided 1x1 convolution.
         scales: Which of the scales 1 to 3, fine to coarse, the student gives back and the map compares.
 
     Raises:
-        ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or the
+        ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or a
             width is not positive.
     """
     check_choice("student", student, ("auto", "paper", "light", "cascade"))
@@ -224,15 +226,16 @@ def build_student(
     if not scales or sorted(set(scales)) != list(scales) or not set(scales) <= set(SCALES):
         msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."
         raise ValueError(msg)
-    is_width = 0 < width < float("inf")
-    check(is_width, "width", "above 0", f"{width}: it is the light student's channels relative to the teacher's")
+    is_width = np.shape(width) in {(), (len(SCALES),)} and bool(np.all(np.greater(width, 0) & np.isfinite(width)))
+    said = f"{width}: it is the light student's channels relative to the teacher's, one number or one of each scale"
+    check(is_width, "width", "above 0", said)
     has_paper = teacher.architecture in PAPER
     if student == "paper" and not has_paper:
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."
         raise ValueError(msg)
     if student in {"light", "cascade"} or not has_paper:
         return LightStudent(teacher.channels, width, bottleneck, scales, student == "cascade")
-    if width != 1:
+    if np.any(np.not_equal(width, 1)):
         msg = f"width {width} is an option of the light student; the papers' has width 1: take student='light'."
         raise ValueError(msg)
     return Student(teacher.architecture, bottleneck, scales)

@@ -46,6 +46,15 @@ def test_schedule_warms_up_and_falls_to_nearly_nothing():
     assert [easy_share(progress) for progress in (0, 0.1, 0.2, 1)] == pytest.approx([0, 0.45, 0.9, 0.9])
 
 
+@pytest.mark.parametrize("model_class", [RDPP, AAND])
+@pytest.mark.parametrize(("clip", "is_fused"), [(None, True), (0.1, False)])
+def test_gradients_are_clipped_under_mixed_precision(model_class, clip, is_fused, tiny_data, tmp_path):
+    options = {"max_epochs": 2, "limit_train_batches": 1, "limit_val_batches": 0, "precision": "bf16-mixed"}
+    trainer = fit(model_class, tiny_data, tmp_path, **options, gradient_clip_val=clip)[0].trainer
+    assert trainer.global_step == 2
+    assert trainer.optimizers[0].defaults["fused"] == is_fused
+
+
 def test_learnt_positions_get_a_tenth_of_their_gradient_and_the_loss_stays():
     generator = torch.Generator().manual_seed(0)
     target = [torch.randn(2, 8, 4, 4, generator=generator)]

@@ -56,6 +56,13 @@ def test_paper_teachers_have_the_papers_student_unless_told():
     assert sizes[1] < sizes[0] / 5
 
 
+def test_each_scale_has_a_width_of_its_own():
+    student = build_student(Teacher("resnet18", pre_trained=False), "cascade", [0.25, 0.5, 1.0])
+    assert [head.in_channels for head in student.decoder.heads] == [256, 64, 16]  # coarse to fine
+    features = [torch.rand(2, 64, 16, 16), torch.rand(2, 128, 8, 8), torch.rand(2, 256, 4, 4)]
+    assert [each.shape for each in student(features)] == [each.shape for each in features]
+
+
 @pytest.mark.parametrize("kind", ["paper", "light"])
 def test_ablations_leave_out_parts_and_scales(kind):
     teacher = Teacher("resnet18", pre_trained=False)
@@ -125,6 +132,8 @@ def test_teacher_normalises_as_its_network_was_trained():
         ({"student": "heavy"}, "student must be one of auto, paper, light, cascade, got 'heavy'"),
         ({"student": "light", "width": 0.0}, "width must be above 0, got 0.0"),
         ({"student": "light", "width": -1.0}, "width must be above 0, got -1.0"),
+        ({"student": "light", "width": [0.5, 0.5]}, r"width must be above 0, got \[0.5, 0.5\].* or one of each scale"),
+        ({"student": "light", "width": [1.0, 0.0, 1.0]}, "width must be above 0, got"),
         ({"width": 0.5}, "width 0.5 is an option of the light student"),
     ],
 )

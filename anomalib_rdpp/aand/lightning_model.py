@@ -49,7 +49,7 @@ class AAND(DistillationMixin, AnomalibModule):
         student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
             for one with fewer multiply-adds for any teacher; "cascade" for the same, whose coarsest scale alone decides
             what passes the bottleneck; "auto" for the papers' where there is one.
-        width: Channels inside the light student, relative to the teacher's.
+        width: Channels inside the light student, relative to the teacher's: one number, or one of each scale.
         recipe: "paper" for the paper's optimiser, whose rates fall to a fifth at 80 % and 90 % of a stage; "fast"
             for AdamW, a warm-up and a cosine in either stage, and little gradient for what the student has
             already learnt.
@@ -97,7 +97,7 @@ class AAND(DistillationMixin, AnomalibModule):
         pre_trained: bool = True,
         teacher_weights: str | None = None,
         student: str = "auto",
-        width: float = 1.0,
+        width: float | Sequence[float] = 1.0,
         recipe: str = "paper",
         amplifier_share: float = 100 / 220,  # epochs of stage one, of both
         amplifier_lr: float | None = None,
@@ -154,8 +154,7 @@ class AAND(DistillationMixin, AnomalibModule):
                 f"Stage two of the resumed run starts with epoch {self.resumed_amplifier_epochs}, of this one with "
                 f"epoch {self.amplifier_epochs}: stages are shares of max_epochs, so resume with the same max_epochs."
             )
-        parts, fused = (self.model.amplifiers, self.model.student), self.device.type == "cpu"
-        optimizer = build_optimizer(self.hparams["recipe"], parts, self.learning_rates, fused)
+        optimizer = build_optimizer(self, (self.model.amplifiers, self.model.student), self.learning_rates)
         is_fast = self.hparams["recipe"] == "fast"
         factor, interval = (cosine_factor, "step") if is_fast else (learning_rate_factor, "epoch")
         factors = [

@@ -3,6 +3,7 @@
 Written from the paper, not from its official code: Tang et al., IEEE TIP 2026 (arXiv 2405.02068).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class AANDModel(nn.Module):
         pre_trained: bool = True,
         teacher_weights: str | None = None,
         student: str = "auto",
-        width: float = 1.0,
+        width: float | Sequence[float] = 1.0,
         is_gated: bool = True,
         fixed_scale: float | None = None,
         score: str = "top",

@@ -40,7 +40,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         student: "paper" for the papers' student, which mirrors resnet18, resnet34, resnet50 or wide_resnet50_2; "light"
             for one with fewer multiply-adds for any teacher; "cascade" for the same, whose coarsest scale alone decides
             what passes the bottleneck; "auto" for the papers' where there is one.
-        width: Channels inside the light student, relative to the teacher's.
+        width: Channels inside the light student, relative to the teacher's: one number, or one of each scale.
         projection: True for the paper's, "light" for one with fewer multiply-adds. False for plain RD (CVPR 2022): the
             student sees the teacher's features as they are, and the distillation loss trains it alone.
         recipe: "paper" for the paper's optimiser and constant rates; "fast" for AdamW, a schedule that ends where
@@ -91,7 +91,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         pre_trained: bool = True,
         teacher_weights: str | None = None,
         student: str = "auto",
-        width: float = 1.0,
+        width: float | Sequence[float] = 1.0,
         projection: bool | str = True,
         recipe: str = "paper",
         projection_lr: float | None = None,
@@ -136,8 +136,7 @@ class RDPP(DistillationMixin, AnomalibModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give projection and student their learning rates; the official code's two Adams are one with two groups."""
-        parts, fused = (self.model.projections, self.model.student), self.device.type == "cpu"
-        optimizer = build_optimizer(self.hparams["recipe"], parts, self.learning_rates, fused)
+        optimizer = build_optimizer(self, (self.model.projections, self.model.student), self.learning_rates)
         if self.hparams["recipe"] == "paper":
             return optimizer
         schedule = LambdaLR(optimizer, lambda _: cosine_factor(training_progress(self.trainer)))

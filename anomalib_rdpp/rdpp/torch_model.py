@@ -43,7 +43,7 @@ class RDPPModel(nn.Module):
         pre_trained: bool = True,
         teacher_weights: str | None = None,
         student: str = "auto",
-        width: float = 1.0,
+        width: float | Sequence[float] = 1.0,
         projection: bool | str = True,
         score: str = "top",
         score_fraction: float = 0.01,
