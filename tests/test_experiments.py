@@ -145,6 +145,7 @@ def test_stored_rows_of_experiments_are_read():
             "gpu_ablation",
             "gpu_fast_200",
             "gpu_fast_800",
+            "gpu_cascade",
         ),
         curves.curves_results,
     )
