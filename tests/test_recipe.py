@@ -46,8 +46,9 @@ def test_schedule_warms_up_and_falls_to_nearly_nothing():
     assert [easy_share(progress) for progress in (0, 0.1, 0.2, 1)] == pytest.approx([0, 0.45, 0.9, 0.9])
 
 
-@pytest.mark.parametrize("model_class", [RDPP, AAND])
-@pytest.mark.parametrize(("clip", "is_fused"), [(None, True), (0.1, False)])
+@pytest.mark.parametrize(
+    ("model_class", "clip", "is_fused"), [(RDPP, None, True), (RDPP, 0.1, False), (AAND, 0.1, False)]
+)
 def test_gradients_are_clipped_under_mixed_precision(model_class, clip, is_fused, tiny_data, tmp_path):
     options = {"max_epochs": 2, "limit_train_batches": 1, "limit_val_batches": 0, "precision": "bf16-mixed"}
     trainer = fit(model_class, tiny_data, tmp_path, **options, gradient_clip_val=clip)[0].trainer
