@@ -227,8 +227,8 @@ def build_student(
         msg = f"scales must be some of {list(SCALES)}, each once, fine to coarse; got {list(scales)}."
         raise ValueError(msg)
     is_width = np.shape(width) in {(), (len(SCALES),)} and bool(np.all(np.greater(width, 0) & np.isfinite(width)))
-    said = f"{width}: it is the light student's channels relative to the teacher's, one number or one of each scale"
-    check(is_width, "width", "above 0", said)
+    said = f"{width}: it is the light student's channels relative to the teacher's"
+    check(is_width, "width", "above 0, one number or one of each scale", said)
     has_paper = teacher.architecture in PAPER
     if student == "paper" and not has_paper:
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."

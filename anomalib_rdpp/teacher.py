@@ -148,7 +148,7 @@ def check(is_right: bool, name: str, wanted: str, value: object) -> None:
 def check_images(images: torch.Tensor) -> None:
     """Refuse images that are not ``(B, 3, H, W)`` with H and W multiples of 32, by ``ValueError``."""
     if images.ndim != 4 or images.shape[1] != 3:
-        msg = f"Expected RGB images of shape (B, 3, H, W), got {tuple(images.shape)}; repeat a grey channel thrice."
+        msg = f"Expected RGB images of shape (B, 3, H, W), got {tuple(images.shape)}; repeat a grey channel 3 times."
         raise ValueError(msg)
     if images.shape[-2] % STRIDE or images.shape[-1] % STRIDE:
         height, width = (max(STRIDE, round(side / STRIDE) * STRIDE) for side in images.shape[-2:])
