@@ -165,7 +165,7 @@ class DistillationMixin(SafeExportMixin):
         defaults = signature(type(self)).parameters  # what checkpoints mean that are older than an argument
         for name in sorted(self.structure & self.hparams.keys()) if stored else ():
             theirs, ours = stored.get(name, defaults[name].default), self.hparams[name]
-            theirs = list(theirs) if isinstance(theirs, tuple) else theirs
+            theirs, ours = (list(each) if isinstance(each, tuple) else each for each in (theirs, ours))
             if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter
                 theirs, ours = architecture(theirs), architecture(ours)
             if theirs != ours:

@@ -63,6 +63,14 @@ def test_each_scale_has_a_width_of_its_own():
     assert [each.shape for each in student(features)] == [each.shape for each in features]
 
 
+def test_widths_of_a_checkpoint_are_known_as_list_and_as_tuple():
+    widths = (0.25, 0.5, 1.0)
+    for stored, given in ((widths, list(widths)), (list(widths), widths), (widths, widths)):
+        model = build("RDPP", student="cascade", width=stored)
+        checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+        build("RDPP", student="cascade", width=given).on_load_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("kind", ["paper", "light"])
 def test_ablations_leave_out_parts_and_scales(kind):
     teacher = Teacher("resnet18", pre_trained=False)

@@ -342,7 +342,7 @@ def test_weight_averaging_resets_frozen_statistics(model):
 
 
 def test_fused_optimizer_rules_out_clipping_under_mixed_precision():
-    """Once it does not, Adam is fused on a GPU too (``build_optimizer`` of recipe.py)."""
+    """Once it does not, Adam is fused on a GPU too, and where gradients are clipped (``build_optimizer``)."""
     optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], fused=True)
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         MixedPrecision.clip_gradients(mock.Mock(), optimizer, clip_val=1.0)
