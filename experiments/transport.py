@@ -39,7 +39,8 @@ class TransportProbe(Callback):
     """Note, every few steps, each term's gradient and how far the features of images differ.
 
     Gradients are norms over the projection's parameters, each term with its weight in the loss, transport's with a
-    weight of 1 whatever the model has. Training isn't changed: neither generators nor running statistics move.
+    weight of 1 whatever the model has; images, noise and positions are those of the step. Training isn't changed:
+    neither generators nor running statistics move.
 
     Args:
         output: CSV file, appended to.
@@ -66,9 +67,9 @@ class TransportProbe(Callback):
                 norm = torch.stack([each.norm() for each in gradients if each is not None]).norm()
                 share = weights["projection_weight"] / PUBLISHED_WEIGHTS * weights.get(f"{term}_weight", 0)
                 norms[name] = float(norm) * (share or 1)
+            pairs = [spread(scales) for scales in (features.teacher, features.projected)]
         for buffer, value in zip(pl_module.model.buffers(), before, strict=True):
             buffer.copy_(value)
-        pairs = [spread(scales) for scales in (features.teacher, features.projected)]
         spreads = dict(zip(SPREADS, (value for kind in zip(*pairs, strict=True) for value in kind), strict=True))
         row = {name: f"{value:.6g}" for name, value in (norms | spreads).items()}
         row |= {"distillation": f"{float(terms['distillation'].detach()):.6g}", "commit": commit()}
@@ -85,13 +86,12 @@ def spread(scales: list[torch.Tensor]) -> tuple[float, float]:
         scales: Features ``(B, C, H, W)`` per scale.
 
     Returns:
-        Of the features as unit vectors, mean of the scales: variance of the images' means, and the mean over images of
-        the variance within.
+        Mean of the scales: Sinkhorn divergence of pairs of images, which is the transport term, and the mean variance
+        of the features of an image as unit vectors, at most 1.
     """
     units = [functional.normalize(scale.flatten(2), dim=1) for scale in scales]  # (B, C, N)
-    between = [unit.mean(2).var(0, correction=0).sum() for unit in units]
     within = [unit.var(2, correction=0).sum(1).mean() for unit in units]
-    return float(torch.stack(between).mean()), float(torch.stack(within).mean())
+    return float(transport_loss(scales)) / len(scales), float(torch.stack(within).mean())
 
 
 def run_transport(results: Path, curves: Path, picture: Path = Path("docs/images/transport.png")) -> list[str]:
@@ -110,7 +110,7 @@ def run_transport(results: Path, curves: Path, picture: Path = Path("docs/images
     tests["transport_weight"] = tests["model"].str.rsplit(n=1).str[-1].astype(float)
     panels = {
         "image AUROC of test images, %": (tests, lambda own: 100 * own["image_AUROC"]),
-        "spread between images, projection / teacher": (rows, lambda own: own[SPREADS[1]] / own[SPREADS[0]]),
+        "divergence of images, projection / teacher": (rows, lambda own: own[SPREADS[1]] / own[SPREADS[0]]),
         "distillation loss": (rows, lambda own: own["distillation"]),
         "gradient of transport (weight 1) / distillation": (rows, lambda own: own[GRADIENTS[3]] / own[GRADIENTS[0]]),
     }
