@@ -91,7 +91,7 @@ def spread(scales: list[torch.Tensor]) -> tuple[float, float]:
     """
     units = [functional.normalize(scale.flatten(2), dim=1) for scale in scales]  # (B, C, N)
     within = [unit.var(2, correction=0).sum(1).mean() for unit in units]
-    return float(transport_loss(scales)) / len(scales), float(torch.stack(within).mean())
+    return float(transport_loss(scales).detach()) / len(scales), float(torch.stack(within).mean())
 
 
 def run_transport(results: Path, curves: Path, picture: Path = Path("docs/images/transport.png")) -> list[str]:
@@ -107,7 +107,7 @@ def run_transport(results: Path, curves: Path, picture: Path = Path("docs/images
     """
     rows, tests = transport_results(results).frame(), curves_results(curves).frame()
     tests = tests[tests["error"] == ""]
-    tests["transport_weight"] = tests["model"].str.rsplit(n=1).str[-1].astype(float)
+    tests = tests.assign(transport_weight=tests["model"].str.rsplit(n=1).str[-1].astype(float))
     panels = {
         "image AUROC of test images, %": (tests, lambda own: 100 * own["image_AUROC"]),
         "divergence of images, projection / teacher": (rows, lambda own: own[SPREADS[1]] / own[SPREADS[0]]),
@@ -115,7 +115,8 @@ def run_transport(results: Path, curves: Path, picture: Path = Path("docs/images
         "gradient of transport (weight 1) / distillation": (rows, lambda own: own[GRADIENTS[3]] / own[GRADIENTS[0]]),
     }
     data = list(rows["data"].unique())
-    figure, axes = plt.subplots(len(data), len(panels), figsize=(16, 3.4 * len(data)), layout="constrained")
+    size = (16, 3.4 * len(data))
+    figure, axes = plt.subplots(len(data), len(panels), figsize=size, squeeze=False, layout="constrained")
     for line, each in zip(axes, data, strict=True):
         for axis, (title, (frame, value)) in zip(line, panels.items(), strict=True):
             for weight, own in frame[frame["data"] == each].groupby("transport_weight"):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from openvino import opset13 as ops
 from PIL import Image
+from tiny import build, engine
 
 from anomalib_rdpp import RDPP
 from anomalib_rdpp.benchmark.accuracy import accuracy_results, run_accuracy
@@ -18,7 +19,7 @@ from anomalib_rdpp.benchmark.grid import read_grid
 from anomalib_rdpp.benchmark.latency import latency_results
 from anomalib_rdpp.benchmark.precision import precision_results
 from anomalib_rdpp.benchmark.report import read_accuracy
-from experiments import analyses, chart, curves, gpu, int8_recipes, oneclass, papers
+from experiments import analyses, chart, curves, gpu, int8_recipes, larger, oneclass, papers, transport
 from experiments.anomalies import draw_anomalies
 from experiments.profile import layer_table
 from experiments.steps import run_steps, steps_results
@@ -210,6 +211,41 @@ def test_profile_says_where_the_time_goes(tmp_path):
     table = layer_table(tmp_path / "model.xml", size=64, rounds=2)
     assert "GMAC of convolutions" in table
     assert all(line.rstrip(" |")[-1].isdigit() for line in table.splitlines() if line.startswith("| Convolution"))
+
+
+def test_transport_probe_notes_its_rows_and_leaves_training_as_it_is(make_tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    path, states = tmp_path / "probe.csv", []
+    for callbacks in ([], [transport.TransportProbe(str(path), every=2)]):
+        torch.manual_seed(3)
+        model = build("RDPP", projection="light")
+        engine(tmp_path, *callbacks).fit(model, datamodule=make_tiny_data())
+        states.append(model.model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=0, atol=0, msg=name)
+    rows = transport.transport_results(path).frame()
+    assert list(rows["steps"]) == [0, 2]
+    assert (rows[["gradient_distillation", "gradient_transport", *transport.SPREADS]] > 0).all(axis=None)
+    tested = dict.fromkeys(curves.COLUMNS, "") | {"data": "tiny", "model": "RD++, transport_weight 0", "seed": 7}
+    tested |= {"epoch": 2, "steps": 4, "fit_minutes": 1, "image_AUROC": 0.5, "pixel_AUPRO": 0.5}
+    curves.curves_results(tmp_path / "curves.csv").append(tested)
+    table, _, picture = transport.run_transport(path, tmp_path / "curves.csv", tmp_path / "transport.png")
+    assert cells(table)[2].startswith("| tiny | 0 | 4 | 1 | 50.0 | 50.0 |")
+    assert Path(picture).is_file()
+
+
+def test_times_of_larger_inputs_are_told_per_pixel(tmp_path):
+    for side, milliseconds in ((256, 4), (512, 24)):
+        fixed = {"backbone": "resnet18", "precision": "int8", "threads": 2, "image_size": 256, "input_size": side}
+        row = {"model": f"RD++, {side} px", **fixed, "median_ms": milliseconds}
+        latency_results(tmp_path / "latency.csv").append(row)
+        results(tmp_path / "rows.csv", {("mtd", "RD++"): [0.9]}, pixel_AUPRO=0.8, image_size=side)
+    table, _, accuracy, _, picture = larger.draw_larger(
+        tmp_path / "latency.csv", tmp_path / "rows.csv", tmp_path / "larger.png"
+    )
+    assert cells(table)[2] == "| RD++ | 4.0 ms | 24 ms | 1.00 | 1.50 |"
+    assert accuracy.count("| mtd ") == 2
+    assert Path(picture).is_file()
 
 
 @pytest.mark.parametrize("config", PAPERS, ids=lambda path: path.stem)
