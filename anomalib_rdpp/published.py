@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,6 +211,7 @@ def _parts(network: RDPPModel) -> nn.ModuleDict:
     return parts
 
 
+@lru_cache
 def _layout(name: str, projection: bool) -> dict[str, torch.Size]:
     """Shape of every entry of a published file, by part and name."""
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection
 from difflib import get_close_matches
+from functools import lru_cache
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,8 @@ class Teacher(nn.Module):
 
     def __init__(self, backbone: str, pre_trained: bool = True, weights: str | None = None) -> None:
         super().__init__()
-        options, self.channels = _read_layout(backbone)
+        layout, self.channels = _read_layout(backbone)
+        options = dict(layout)
         if weights is not None and not Path(weights).is_file():
             msg = f"No teacher weights at '{weights}': give the path of a state dict of {backbone}, or none at all."
             raise FileNotFoundError(msg)
@@ -190,6 +192,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     return stored
 
 
+@lru_cache
 def _read_layout(backbone: str) -> tuple[dict[str, Any], list[int]]:
     """Options of timm that build the part of a network up to stride 16, and the channels at the three scales."""
     if not timm.is_model(backbone):

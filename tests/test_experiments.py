@@ -75,6 +75,7 @@ def test_curves_have_a_row_per_test_and_a_bar_and_are_drawn(grid, tmp_path, caps
     assert load_trained(read_grid(config), "tiny", "ours", 0, tmp_path / "curves"), "the trained models stay"
 
 
+@pytest.mark.slow  # each process imports all anew
 def test_curves_of_several_processes_are_those_of_one(grid, tmp_path):
     config, output = grid({"ours": {**TOY, "every": 2}, "broken": {"class_path": "anomalib.models.Nothing"}}, every=1)
     found = {}

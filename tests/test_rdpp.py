@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from anomalib_rdpp.teacher import Teacher
 # Slow are those that tests/test_published.py builds with a file's weights.
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("resnet50.tv_in1k", "wide_resnet50_2.tv_in1k")]
 RESNET = {"backbone": "resnet18", "pre_trained": False}
+NOISE = str(Path(__file__).parents[1] / "anomalib_rdpp/synthesis/noise.py")  # alone: the package takes seconds
 
 
 def features(batch=3, seed=0):
@@ -281,12 +283,11 @@ def test_torch_seed_rules_the_noise():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="CPUs can't be taken away here")
 def test_process_with_one_cpu_ends_after_noise_and_a_fork():
-    code = """
-import os
+    code = f"""
+import os, runpy
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
 import openvino, torch  # with its TBB, which numba would take
-from anomalib_rdpp.synthesis.noise import SimplexNoise
-SimplexNoise()(torch.zeros(1, 3, 64, 64))
+runpy.run_path({NOISE!r})["SimplexNoise"]()(torch.zeros(1, 3, 64, 64))
 if os.fork() == 0:  # as a DataLoader does
     os._exit(0)
 os.wait()
@@ -415,9 +416,18 @@ def test_projection_has_the_papers_widths():
 
 
 def test_noise_leaves_torch_its_threads():
-    code = (
-        "import torch; from anomalib_rdpp.synthesis.noise import SimplexNoise; torch.set_num_threads(1); "
-        "SimplexNoise()(torch.zeros(1, 3, 64, 64)); print(torch.get_num_threads())"
+    code = f"""
+import runpy, torch
+torch.set_num_threads(1)
+runpy.run_path({NOISE!r})["SimplexNoise"]()(torch.zeros(1, 3, 64, 64))
+print(torch.get_num_threads())
+"""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "2")  # tests have one, and nothing to turn up
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **threads},
     )
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "1"

@@ -113,8 +113,7 @@ def test_int8_takes_a_photograph_as_it_is(int8, tmp_path, monkeypatch):
     assert answer.anomaly_map.squeeze().shape == (64, 64)
 
 
-def test_onnx_answers_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tmp_path):
-    """And OpenVINO as torch, in tests/test_contract.py."""
+def test_onnx_and_openvino_answer_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tmp_path):
     model = RDPP.load_from_checkpoint(checkpoint)
     Image.open(PHOTOGRAPH).crop((0, 0, 41, 57)).save(tmp_path / "small.png")
     engine = Engine(accelerator="cpu", devices=1, default_root_dir=tmp_path)
@@ -122,6 +121,7 @@ def test_onnx_answers_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tm
     facts = json.loads((path.parent / "metadata.json").read_text())
     assert {each.key for each in onnx.load(path, load_external_data=False).metadata_props} >= set(facts)
     session = onnxruntime.InferenceSession(path)
+    network = compiled(resize_as_torch(ov.Core().read_model(path)))  # what to_openvino stores
     for file in (PHOTOGRAPH, tmp_path / "small.png", tiny_folder / "test/square/0.png"):
         expected = engine.predict(model, dataset=PredictDataset(file))[0]
         image = read_image(file, as_tensor=True)[None]
@@ -129,6 +129,8 @@ def test_onnx_answers_as_the_engine_does_on_any_size(checkpoint, tiny_folder, tm
             direct = model.eval()(image)
         answers = {"torch": (direct.pred_score, direct.anomaly_map)}
         answers["onnx"] = session.run(["pred_score", "anomaly_map"], {"input": image.numpy()})
+        found = network(image.numpy())
+        answers["openvino"] = found["pred_score"], found["anomaly_map"]
         for name, (score, anomaly_map) in answers.items():
             where = f"{name}, {file}"
             np.testing.assert_allclose(
