@@ -63,10 +63,8 @@ class AnomalyMapGenerator(nn.Module):
             ``pred_score`` of shape ``(B,)``.
         """
         with torch.autocast(teacher[0].device.type, enabled=False):
-            maps = [
-                self._enlarge(_distance(t.float(), s.float()), image_size)
-                for t, s in zip(teacher, student, strict=True)
-            ]
+            pairs = zip(teacher, student, strict=True)
+            maps = [self._enlarge(_distance(t.float(), s.float()), image_size) for t, s in pairs]
             anomaly_map = sum(maps[1:], maps[0])
         score = self._score(maps[-1] if self.score == "coarse" else anomaly_map)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map.unsqueeze(1))

@@ -66,8 +66,7 @@ def load_published(
     projection = any(name.startswith("proj.") for name in weights)
     if pre_trained and teacher_weights is None and "." not in backbone:
         backbone = f"{backbone}.tv_in1k"
-    teacher = {"backbone": backbone, "pre_trained": pre_trained, "teacher_weights": teacher_weights}
-    model = RDPP(**teacher, projection=projection, score="max")  # the official code's score
+    model = RDPP(backbone, pre_trained, teacher_weights, projection=projection, score="max")  # the official code's
     _parts(model.model).load_state_dict(weights)
     return model
 

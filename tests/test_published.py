@@ -174,7 +174,7 @@ def test_light_or_ablated_model_has_no_published_layout(options):
 
 def test_untagged_backbone_gets_the_teacher_of_the_published_programs(file, monkeypatch):
     built = {}
-    monkeypatch.setattr("anomalib_rdpp.published.RDPP", lambda backbone, **_: built.update(name=backbone) or 1 / 0)
+    monkeypatch.setattr("anomalib_rdpp.published.RDPP", lambda backbone, *_, **__: built.update(name=backbone) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_published(file, "resnet18")
     assert built["name"] == "resnet18.tv_in1k"

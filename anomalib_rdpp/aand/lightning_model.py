@@ -229,9 +229,8 @@ class AAND(DistillationMixin, AnomalibModule):
         name, task = ("one", "amplifier") if is_amplifying else ("two", "student")
         at = f"the first epoch after {self.amplifier_end:.0%} of the time"
         if self.amplifier_epochs is not None:
-            at = f"epoch {self.amplifier_epochs}" + (
-                f" or {at}, whichever is sooner" if _is_timed(self.trainer) else ""
-            )
+            or_in_time = f" or {at}, whichever is sooner" if _is_timed(self.trainer) else ""
+            at = f"epoch {self.amplifier_epochs}{or_in_time}"
         rank_zero_info(f"AAND, epoch {self.current_epoch}: stage {name} trains the {task}; stage two starts with {at}.")
 
 

@@ -119,7 +119,6 @@ class RDPP(DistillationMixin, AnomalibModule):
             super().__init__(pre_processor, post_processor, evaluator, visualizer)
             check_choice("recipe", recipe, LEARNING_RATES)
             self.noise = SimplexNoise(noise_strength, noise_patch_min, noise_patch_max)
-            self.hparams["scales"] = list(scales)
             if transport is not None:  # of configs and checkpoints of before
                 check_choice("transport", transport, ("published", "paper"))
                 given = 1.0 if transport_weight is None else transport_weight
