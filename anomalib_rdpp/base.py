@@ -111,17 +111,25 @@ class DistillationMixin(SafeExportMixin):
         warnings.filterwarnings("ignore", message=r".*overridden `on_before_batch_transfer`|.*module\(s\) in eval mode")
         own = getattr(self.pre_processor, "transform", self.pre_processor)
         transforms = [(f"The pre-processor of {self.name}", own)]
-        self.model.teacher.keeps, self.model.teacher.kept = False, {}
+        self.model.teacher.keeps = False
+        self.forget()
         for name, dataset in datasets(self.trainer) if self._trainer else ():
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
             transforms.append((f"The transform of the {name} images", transform))
-            if name == "train":
-                self.model.teacher.keeps = is_fixed([own, transform])
+            if name == "train" and is_fixed([own, transform]):
+                self.model.teacher.keeps, dataset.kept = True, {}
         for where, transform in transforms:
             refuse_normalize(transform, where)
             if stage == "fit" and self.hparams.get("foreground_dir"):
                 refuse_moving(transform, where)
+
+    def forget(self) -> None:
+        """Let go of what training keeps of images that come again and again: their features, and they themselves."""
+        self.model.teacher.kept.clear()
+        for _, dataset in datasets(self.trainer) if self._trainer else ():
+            if hasattr(dataset, "kept"):
+                dataset.kept = None
 
     def on_fit_start(self) -> None:
         """Refuse ``StochasticWeightAveraging`` by ``ValueError``; give each process its own noise, as no seed does."""

@@ -39,7 +39,7 @@ class LastState(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate and store what is not yet; under DDP, BatchNorm's statistics become those of the first process."""
-        pl_module.model.teacher.kept.clear()
+        pl_module.forget()
         if trainer.world_size > 1:
             for buffer in pl_module.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -50,7 +50,7 @@ class LastState(Callback):
 
         After an error the state is stored as it is.
         """
-        pl_module.model.teacher.kept.clear()
+        pl_module.forget()
         if trainer.state.fn != TrainerFn.FITTING or trainer.world_size > 1 or not self.has_trained:
             return
         if is_stopped := isinstance(exception, KeyboardInterrupt | SIGTERMException):

@@ -7,20 +7,24 @@ word; here it is read right if its range is known, and refused by name if not.
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from copy import copy
 from functools import cache
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from anomalib.data.datasets import AnomalibDataset
 from anomalib.data.utils import image as anomalib_image
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.v2.functional import to_image
 
+MOST_KEPT = 2**30  # bytes of images
 SLACK = 0.05  # beyond [0, 1]: what an even image may come to in a transform
 CONVERTIBLE = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # Pillow's modes that look the same as RGB
 FIXED = {"Resize", "CenterCrop", "Compose", "Sequential", "Identity"}  # transforms that draw no numbers
@@ -208,19 +212,26 @@ def _is_transparent(image: Image.Image) -> bool:
 
 @cache
 def _reading_right(base: type[Dataset]) -> type[Dataset]:
-    """Make the class that differs from a dataset's in its reader alone."""
+    """Make the class that differs from a dataset's in its reader alone; where ``kept`` is a dict, it reads once."""
     modules = [module for each in base.__mro__ if hasattr(module := sys.modules[each.__module__], "read_image")]
 
-    def get_item(self: Dataset, index: int) -> object:
+    def get_item(self: Any, index: int) -> object:  # noqa: ANN401  a mixin of the class made below
+        if self.kept and index in self.kept:
+            return copy(self.kept[index])  # whose image may be replaced
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(mock.patch.object(module, "read_image", read_image))
-            return base.__getitem__(self, index)
+            item = base.__getitem__(self, index)
+        is_kept = self.kept is not None and base.__getitem__ is AnomalibDataset.__getitem__ and not get_worker_info()
+        if is_kept and (len(self.kept) + 1) * item.image.nbytes <= MOST_KEPT:
+            self.kept[index] = copy(item)
+        return item
 
     members = {
         "__getitem__": get_item,
-        "__reduce__": lambda self: (_restore, (base, self.__dict__)),
+        "__reduce__": lambda self: (_restore, (base, {**self.__dict__, "kept": None})),
         "reads_right": True,
+        "kept": None,
     }
     return type(base.__name__, (base,), members)
 

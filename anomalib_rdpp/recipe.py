@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
-from torch.nn import Module, functional
+from torch.nn import Module
 from torch.optim import Adam, AdamW, Optimizer
 
 
@@ -80,7 +80,10 @@ def focus_on_hard(
     focused = []
     for learner, teacher in zip(student, target, strict=True):
         with torch.no_grad():
-            distance = 1 - functional.cosine_similarity(learner, teacher).unsqueeze(1)  # (B, 1, H, W)
+            pairs = (learner, teacher), (learner, learner), (teacher, teacher)
+            # Cosine along channels; torch's own takes seven times as long on a CPU.
+            dot, *squares = ((x * y).sum(dim=1, keepdim=True) for x, y in pairs)
+            distance = 1 - dot / (squares[0] * squares[1]).sqrt().clamp_min(1e-8)  # (B, 1, H, W)
             easiest = max(1, round(share * distance.numel()))
             weight = torch.where(distance <= distance.flatten().kthvalue(easiest).values, factor, 1.0)
         fixed = learner.detach()

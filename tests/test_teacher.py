@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from anomalib.data.datasets import AnomalibDataset
 from anomalib.pre_processing import PreProcessor
 from huggingface_hub import constants
 from lightning.pytorch import Callback
@@ -21,7 +22,7 @@ from torchvision.io import decode_image
 from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_rdpp import AAND, RDPP
+from anomalib_rdpp import AAND, RDPP, pixels
 from anomalib_rdpp.student import BOTTLENECKS, LightStudent, Student, build_student
 from anomalib_rdpp.teacher import Teacher
 
@@ -350,26 +351,30 @@ def test_features_of_images_that_come_again_are_kept(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "augmentations", "computed"),
+    ("name", "arguments", "augmentations", "read", "computed"),
     [
-        ("RDPP", {"projection": False}, None, 6),
-        ("RDPP", {"projection": False}, RandomHorizontalFlip(0.0), 18),
-        ("RDPP", {"projection": False, "pre_processor": PreProcessor(RANDOM)}, None, 18),
-        ("RDPP", {}, None, 6 + 18),
-        ("AAND", {}, None, 6 + 6),
+        ("RDPP", {"projection": False}, None, 6, 6),
+        ("RDPP", {"projection": False}, RandomHorizontalFlip(0.0), 18, 18),
+        ("RDPP", {"projection": False, "pre_processor": PreProcessor(RANDOM)}, None, 18, 18),
+        ("RDPP", {}, None, 6, 6 + 18),
+        ("AAND", {}, None, 6, 6 + 6),
     ],
 )
-def test_training_computes_the_features_of_an_image_once(
-    name, arguments, augmentations, computed, tmp_path, make_tiny_data
+def test_training_reads_an_image_and_computes_its_features_once(
+    name, arguments, augmentations, read, computed, tmp_path, make_tiny_data, monkeypatch
 ):
-    """In three epochs of six images; with noise, those of the noisy images too, of AAND's first stage each."""
+    """In three epochs of six images; with noise, features of the noisy images too, of AAND's first stage each."""
+    paths, read_file = [], pixels._read
+    monkeypatch.setattr(pixels, "_read", lambda path, *more: paths.append(path) or read_file(path, *more))
     data = make_tiny_data()
     data.train_augmentations = augmentations
     model = build(name, **arguments)
     counts = computed_by(model.model.teacher, lambda: model.model.training)
     engine(tmp_path, max_epochs=3).fit(model, datamodule=data)
+    assert sum("train/good" in path for path in paths) == read
     assert sum(counts) == computed
     assert not model.model.teacher.kept
+    assert not data.train_data.kept
 
 
 def test_no_features_are_left_by_a_training_that_failed(tmp_path, make_tiny_data):
@@ -377,14 +382,43 @@ def test_no_features_are_left_by_a_training_that_failed(tmp_path, make_tiny_data
         def on_train_epoch_end(self, trainer, pl_module):
             del trainer
             assert pl_module.model.teacher.kept
+            assert len(data.train_data.kept) == 6
+            assert not copy.deepcopy(data.train_data).kept
             raise OSError
 
     model, data = build("RDPP", projection=False), make_tiny_data()
     with pytest.raises(OSError, match=r"^$"):
         engine(tmp_path, Fails()).fit(model, datamodule=data)
     assert not model.model.teacher.kept
+    assert not data.train_data.kept
     engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
     assert not model.model.teacher.keeps, "what a loader does with its images isn't known"
+
+
+def test_images_are_kept_within_the_bound_and_not_by_others_code(tiny_data, monkeypatch):
+    class Moving(AnomalibDataset):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            item.image = item.image + index
+            return item
+
+    tiny_data.setup()
+    dataset = tiny_data.train_data
+    pixels.read_right(dataset)
+    dataset.kept = {}
+    first = dataset[0].image.clone()
+    dataset[0].image = torch.zeros_like(first)  # as anomalib's collate, which replaces images of several sizes
+    torch.testing.assert_close(dataset[0].image, first)
+    monkeypatch.setattr(pixels, "MOST_KEPT", 2 * first.nbytes)
+    for i in range(4):
+        dataset[i]
+    assert list(dataset.kept) == [0, 1]
+    moving = copy.deepcopy(dataset)
+    moving.__class__ = Moving
+    pixels.read_right(moving)
+    moving.kept = {}
+    assert moving[0].image is not None
+    assert not moving.kept
 
 
 def test_packaged_weights_are_those_of_the_network(monkeypatch):
