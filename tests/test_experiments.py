@@ -148,10 +148,17 @@ def test_stored_rows_of_experiments_are_read():
             "gpu_fast_200",
             "gpu_fast_800",
             "gpu_cascade",
+            "transport_curves",
         ),
         curves.curves_results,
     )
-    stored = {**of_curves, "steps": steps_results, "gpu_steps": gpu.gpu_results, "analyses": analyses.analyses_results}
+    stored = {
+        **of_curves,
+        "transport": transport.transport_results,
+        "steps": steps_results,
+        "gpu_steps": gpu.gpu_results,
+        "analyses": analyses.analyses_results,
+    }
     for name, opened in stored.items():
         assert len(opened(ROOT / f"experiments/results/{name}.csv").frame()) > 2, name
 

@@ -49,7 +49,7 @@ class RDPP(DistillationMixin, AnomalibModule):
         student_lr: Learning rate of bottleneck and decoder; of the recipe by default, 0.005 or 0.002.
         projection_weight: Weight of the projection loss beside the distillation loss.
         transport_weight: Weight of the optimal transport term within the projection loss: 0, the default, for none,
-            which is what the official code's call comes to and the more accurate at length; 1 for the paper's term.
+            which is what the official code's call comes to; 1 for the paper's term.
         reconstruction_weight: Weight of the reconstruction term within the projection loss.
         contrast_weight: Weight of the contrast term within the projection loss.
         transport_positions: Random positions per scale that the transport term compares. Its cost grows with the
