@@ -104,7 +104,7 @@ class DistillationMixin(SafeExportMixin):
         return terms["loss"]
 
     def setup(self, stage: str) -> None:
-        """Read all files right; refuse, by ``ValueError``, what normalises pixels or moves them off their masks."""
+        """Read all files right, training images once; refuse, by ``ValueError``, what normalises or moves pixels."""
         super().setup(stage)
         # Lightning warns that it uses our hook below although a datamodule was passed, which is what we want, and that
         # the teacher doesn't train.
@@ -117,8 +117,8 @@ class DistillationMixin(SafeExportMixin):
             read_right(dataset)
             transform = getattr(dataset, "augmentations", getattr(dataset, "transform", None))
             transforms.append((f"The transform of the {name} images", transform))
-            if name == "train" and is_fixed([own, transform]):
-                self.model.teacher.keeps, dataset.kept = True, {}
+            if stage == "fit" and name == "train" and is_fixed([own, transform]):
+                self.model.teacher.keeps, dataset.kept_items = True, {}
         for where, transform in transforms:
             refuse_normalize(transform, where)
             if stage == "fit" and self.hparams.get("foreground_dir"):
@@ -128,8 +128,8 @@ class DistillationMixin(SafeExportMixin):
         """Let go of what training keeps of images that come again and again: their features, and they themselves."""
         self.model.teacher.kept.clear()
         for _, dataset in datasets(self.trainer) if self._trainer else ():
-            if hasattr(dataset, "kept"):
-                dataset.kept = None
+            if hasattr(dataset, "reads_right"):
+                dataset.kept_items = None
 
     def on_fit_start(self) -> None:
         """Refuse ``StochasticWeightAveraging`` by ``ValueError``; give each process its own noise, as no seed does."""

@@ -39,7 +39,6 @@ class LastState(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate and store what is not yet; under DDP, BatchNorm's statistics become those of the first process."""
-        pl_module.forget()
         if trainer.world_size > 1:
             for buffer in pl_module.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -57,8 +56,9 @@ class LastState(Callback):
             rank_zero_info("Interrupted: the model is validated once more, for its thresholds, and stored.")
         self._finish(trainer, pl_module, is_stopped)
 
-    def on_fit_end(self, trainer: Trainer, *_: object) -> None:
-        """Say so if there was nothing to train."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of training images; say so if there was nothing to train."""
+        pl_module.forget()
         if not self.has_trained:
             reached = f"max_epochs {trainer.max_epochs} or max_steps {trainer.max_steps}"
             rank_zero_warn(f"Nothing was trained: {reached} is reached already, as by a checkpoint; raise it.")

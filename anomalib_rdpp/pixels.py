@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from anomalib.data import ImageItem
 from anomalib.data.datasets import AnomalibDataset
 from anomalib.data.utils import image as anomalib_image
 from lightning.pytorch import Trainer
@@ -24,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms.v2.functional import to_image
 
-MOST_KEPT = 2**30  # bytes of images
+MOST_KEPT = 2**30  # bytes of images and masks
 SLACK = 0.05  # beyond [0, 1]: what an even image may come to in a transform
 CONVERTIBLE = {"1", "L", "P", "RGB", "RGBX", "YCbCr", "LAB", "HSV"}  # Pillow's modes that look the same as RGB
 FIXED = {"Resize", "CenterCrop", "Compose", "Sequential", "Identity"}  # transforms that draw no numbers
@@ -134,8 +135,9 @@ def transforms_in(root: object) -> Iterator[object]:
 
 
 def is_fixed(transform: object) -> bool:
-    """Whether a transform surely makes the same pixels of an image each time."""
-    return all(type(each).__name__ in FIXED for each in transforms_in(transform))
+    """Whether a transform, of torch or torchvision, surely makes the same pixels of an image each time."""
+    kinds = [type(each) for each in transforms_in(transform)]
+    return all(kind.__name__ in FIXED and kind.__module__.startswith(("torch.", "torchvision.")) for kind in kinds)
 
 
 def refuse_normalize(transform: object, where: str) -> None:
@@ -212,28 +214,45 @@ def _is_transparent(image: Image.Image) -> bool:
 
 @cache
 def _reading_right(base: type[Dataset]) -> type[Dataset]:
-    """Make the class that differs from a dataset's in its reader alone; where ``kept`` is a dict, it reads once."""
+    """Make the class that differs from a dataset's in its reader alone.
+
+    Where ``kept_items`` is a dict, a process that is no worker reads an image once, as far as ``MOST_KEPT`` goes.
+    """
     modules = [module for each in base.__mro__ if hasattr(module := sys.modules[each.__module__], "read_image")]
 
     def get_item(self: Any, index: int) -> object:  # noqa: ANN401  a mixin of the class made below
-        if self.kept and index in self.kept:
-            return copy(self.kept[index])  # whose image may be replaced
+        known = (self.kept_items or {}).get(index)
+        if known and known[0] is self.augmentations and known[1] is self.samples:
+            return _clone(known[2])
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(mock.patch.object(module, "read_image", read_image))
             item = base.__getitem__(self, index)
-        is_kept = self.kept is not None and base.__getitem__ is AnomalibDataset.__getitem__ and not get_worker_info()
-        if is_kept and (len(self.kept) + 1) * item.image.nbytes <= MOST_KEPT:
-            self.kept[index] = copy(item)
+        is_kept = self.kept_items is not None and base.__getitem__ is AnomalibDataset.__getitem__
+        if is_kept and not get_worker_info():
+            items = [item, *(each for _, _, each in self.kept_items.values())]
+            if (
+                sum(part.nbytes for each in items for part in (each.image, each.gt_mask) if part is not None)
+                <= MOST_KEPT
+            ):
+                self.kept_items[index] = self.augmentations, self.samples, _clone(item)
         return item
 
     members = {
         "__getitem__": get_item,
-        "__reduce__": lambda self: (_restore, (base, {**self.__dict__, "kept": None})),
+        "__reduce__": lambda self: (_restore, (base, {**self.__dict__, "kept_items": None})),
         "reads_right": True,
-        "kept": None,
+        "kept_items": None,
     }
     return type(base.__name__, (base,), members)
+
+
+def _clone(item: ImageItem) -> ImageItem:
+    """Copy an item with its pixels, which others may change, or which may be a part of larger ones."""
+    copied = copy(item)
+    copied.image = item.image.clone()
+    copied.gt_mask = None if item.gt_mask is None else item.gt_mask.clone()
+    return copied
 
 
 def _restore(base: type[Dataset], attributes: dict[str, object]) -> Dataset:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from copy import deepcopy
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import blake2b
@@ -58,8 +59,7 @@ class Teacher(nn.Module):
 
     def __init__(self, backbone: str, pre_trained: bool = True, weights: str | None = None) -> None:
         super().__init__()
-        layout, self.channels = _read_layout(backbone)
-        options = dict(layout)
+        options, self.channels = deepcopy(_read_layout(backbone))
         if weights is not None and not Path(weights).is_file():
             msg = f"No teacher weights at '{weights}': give the path of a state dict of {backbone}, or none at all."
             raise FileNotFoundError(msg)

@@ -39,8 +39,8 @@ class TransportProbe(Callback):
     """Note, every few steps, each term's gradient and how far the features of images differ.
 
     Gradients are norms over the projection's parameters, each term with its weight in the loss, transport's with a
-    weight of 1 whatever the model has; images, noise and positions are those of the step. Training isn't changed:
-    neither generators nor running statistics move.
+    weight of 1 whatever the model has; images and noise are those of the step, transport's positions others. Training
+    isn't changed: neither generators nor running statistics move.
 
     Args:
         output: CSV file, appended to.
@@ -65,8 +65,8 @@ class TransportProbe(Callback):
             for name, term in zip(GRADIENTS, TERMS, strict=True):
                 gradients = torch.autograd.grad(terms[term], parameters, retain_graph=True, allow_unused=True)
                 norm = torch.stack([each.norm() for each in gradients if each is not None]).norm()
-                share = weights["projection_weight"] / PUBLISHED_WEIGHTS * weights.get(f"{term}_weight", 0)
-                norms[name] = float(norm) * (share or 1)
+                share = weights["projection_weight"] / PUBLISHED_WEIGHTS
+                norms[name] = float(norm) * (1 if term == "distillation" else share * weights[f"{term}_weight"])
             pairs = [spread(scales) for scales in (features.teacher, features.projected)]
         for buffer, value in zip(pl_module.model.buffers(), before, strict=True):
             buffer.copy_(value)

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import save_file
 from tiny import build, engine
 from torchvision.io import decode_image
-from torchvision.transforms.v2 import Compose, RandomHorizontalFlip, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP, pixels
@@ -170,6 +170,10 @@ def test_bad_ablation_is_named(arguments, message):
 def test_missing_teacher_without_a_network_is_three_lines_within_ten_seconds(monkeypatch):
     monkeypatch.setattr("anomalib_rdpp.teacher._cached", lambda _: None)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, **k: pytest.fail("fetched") if k.get("pretrained") else create(*a, **k)
+    )
     start = time.perf_counter()
     with pytest.raises(FileNotFoundError) as told:
         Teacher("resnet34.tv_in1k")
@@ -374,7 +378,7 @@ def test_training_reads_an_image_and_computes_its_features_once(
     assert sum("train/good" in path for path in paths) == read
     assert sum(counts) == computed
     assert not model.model.teacher.kept
-    assert not data.train_data.kept
+    assert data.train_data.kept_items is None, "nobody else's training finds them"
 
 
 def test_no_features_are_left_by_a_training_that_failed(tmp_path, make_tiny_data):
@@ -382,15 +386,15 @@ def test_no_features_are_left_by_a_training_that_failed(tmp_path, make_tiny_data
         def on_train_epoch_end(self, trainer, pl_module):
             del trainer
             assert pl_module.model.teacher.kept
-            assert len(data.train_data.kept) == 6
-            assert not copy.deepcopy(data.train_data).kept
+            assert len(data.train_data.kept_items) == 6
+            assert copy.deepcopy(data.train_data).kept_items is None
             raise OSError
 
     model, data = build("RDPP", projection=False), make_tiny_data()
     with pytest.raises(OSError, match=r"^$"):
         engine(tmp_path, Fails()).fit(model, datamodule=data)
     assert not model.model.teacher.kept
-    assert not data.train_data.kept
+    assert data.train_data.kept_items is None
     engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
     assert not model.model.teacher.keeps, "what a loader does with its images isn't known"
 
@@ -405,20 +409,40 @@ def test_images_are_kept_within_the_bound_and_not_by_others_code(tiny_data, monk
     tiny_data.setup()
     dataset = tiny_data.train_data
     pixels.read_right(dataset)
-    dataset.kept = {}
-    first = dataset[0].image.clone()
-    dataset[0].image = torch.zeros_like(first)  # as anomalib's collate, which replaces images of several sizes
-    torch.testing.assert_close(dataset[0].image, first)
-    monkeypatch.setattr(pixels, "MOST_KEPT", 2 * first.nbytes)
+    dataset.augmentations = CenterCrop(32)  # which gives a part of the image's memory
+    dataset.kept_items = {}
+    first = dataset[0]
+    expected = first.image.clone()
+    for item in (first, dataset[0]):
+        item.image += 1  # as somebody's collate may, where anomalib's replaces images of several sizes
+    torch.testing.assert_close(dataset[0].image, expected)
+    _, _, kept = dataset.kept_items[0]
+    assert kept.image.untyped_storage().nbytes() == kept.image.nbytes
+    monkeypatch.setattr(pixels, "MOST_KEPT", 2 * (kept.image.nbytes + kept.gt_mask.nbytes))
     for i in range(4):
         dataset[i]
-    assert list(dataset.kept) == [0, 1]
+    assert list(dataset.kept_items) == [0, 1]
+    dataset.augmentations = Resize(48)
+    assert dataset[0].image.shape == (3, 48, 57), "another transform, other pixels"
+    dataset.kept_items = {}
+    monkeypatch.setattr(pixels, "get_worker_info", lambda: "a worker")
+    assert dataset[0] is not None
+    assert not dataset.kept_items
     moving = copy.deepcopy(dataset)
     moving.__class__ = Moving
     pixels.read_right(moving)
-    moving.kept = {}
+    moving.kept_items = {}
     assert moving[0].image is not None
-    assert not moving.kept
+    assert not moving.kept_items
+
+
+def test_own_class_named_as_a_fixed_transform_may_draw_numbers():
+    class CenterCrop(torch.nn.Module):
+        def forward(self, image):
+            return image + torch.rand(())
+
+    assert not pixels.is_fixed(CenterCrop())
+    assert pixels.is_fixed(Compose([Resize(64)]))
 
 
 def test_packaged_weights_are_those_of_the_network(monkeypatch):
