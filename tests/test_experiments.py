@@ -149,6 +149,7 @@ def test_stored_rows_of_experiments_are_read():
             "gpu_fast_800",
             "gpu_cascade",
             "transport_curves",
+            "cascade_again",
         ),
         curves.curves_results,
     )
