@@ -231,10 +231,8 @@ def _reading_right(base: type[Dataset]) -> type[Dataset]:
         is_kept = self.kept_items is not None and base.__getitem__ is AnomalibDataset.__getitem__
         if is_kept and not get_worker_info():
             items = [item, *(each for _, _, each in self.kept_items.values())]
-            if (
-                sum(part.nbytes for each in items for part in (each.image, each.gt_mask) if part is not None)
-                <= MOST_KEPT
-            ):
+            parts = [part for each in items for part in (each.image, each.gt_mask) if part is not None]
+            if sum(part.nbytes for part in parts) <= MOST_KEPT:
                 self.kept_items[index] = self.augmentations, self.samples, _clone(item)
         return item
 
