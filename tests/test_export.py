@@ -28,6 +28,17 @@ def model(request):
     return build(request.param, SIZE).eval()
 
 
+def test_cascade_with_the_coarsest_scales_score_is_exported(tmp_path):
+    model = build("RDPP", SIZE, student="cascade", score="coarse").eval()
+    images = torch.rand(2, 3, *SIZE)
+    network = ov.Core().read_model(model.to_openvino(tmp_path))
+    with torch.no_grad():
+        expected = model(images)
+    found = compiled(network)(images.numpy())
+    np.testing.assert_allclose(found["pred_score"], expected.pred_score, rtol=1e-4)
+    np.testing.assert_allclose(found["anomaly_map"], expected.anomaly_map, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("compression", [CompressionType.INT8_PTQ, "int8_acq"])
 def test_calibration_without_data_is_refused_before_work_starts(model, tmp_path, monkeypatch, compression):
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("work has started"))

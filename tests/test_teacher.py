@@ -170,6 +170,7 @@ def test_bad_ablation_is_named(arguments, message):
 def test_missing_teacher_without_a_network_is_three_lines_within_ten_seconds(monkeypatch):
     monkeypatch.setattr("anomalib_rdpp.teacher._cached", lambda _: None)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # or nothing would be asked
     create = timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda *a, **k: pytest.fail("fetched") if k.get("pretrained") else create(*a, **k)
@@ -181,6 +182,7 @@ def test_missing_teacher_without_a_network_is_three_lines_within_ten_seconds(mon
     said = str(told.value).splitlines()
     assert len(said) == 3
     assert "No ImageNet weights of 'resnet34.tv_in1k'" in said[0]
+    assert "(Connect" in said[0], "the hub was asked"
     assert "--model.teacher_weights FILE" in said[1]
     assert "--model.pre_trained false" in said[2]
 
