@@ -127,8 +127,8 @@ class DistillationMixin(SafeExportMixin):
     def forget(self) -> None:
         """Let go of what training keeps of images that come again and again: their features, and they themselves."""
         self.model.teacher.kept.clear()
-        for _, dataset in datasets(self.trainer) if self._trainer else ():
-            if hasattr(dataset, "reads_right"):
+        for name, dataset in datasets(self.trainer) if self._trainer else ():
+            if name == "train" and hasattr(dataset, "reads_right"):
                 dataset.kept_items = None
 
     def on_fit_start(self) -> None:

@@ -230,9 +230,8 @@ def _reading_right(base: type[Dataset]) -> type[Dataset]:
             item = base.__getitem__(self, index)
         is_kept = self.kept_items is not None and base.__getitem__ is AnomalibDataset.__getitem__
         if is_kept and not get_worker_info():
-            items = [item, *(each for _, _, each in self.kept_items.values())]
-            parts = [part for each in items for part in (each.image, each.gt_mask) if part is not None]
-            if sum(part.nbytes for part in parts) <= MOST_KEPT:
+            nbytes = sum(part.nbytes for part in (item.image, item.gt_mask) if part is not None)
+            if (len(self.kept_items) + 1) * nbytes <= MOST_KEPT:
                 self.kept_items[index] = self.augmentations, self.samples, _clone(item)
         return item
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from copy import copy
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +24,6 @@ import pandas as pd
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Batch
-from anomalib.data.datasets import AnomalibDataset
 from anomalib.engine import Engine
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch import Callback
@@ -38,6 +36,7 @@ from anomalib_rdpp.benchmark.cli import run
 from anomalib_rdpp.benchmark.grid import epochs_of, read_grid, run_folder, runs_of
 from anomalib_rdpp.benchmark.report import mean_and_spread
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
+from anomalib_rdpp.pixels import read_right
 from anomalib_rdpp.synthesis.blending import TextureAnomalies
 
 logger = logging.getLogger(__name__)
@@ -190,7 +189,8 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve, k
     datamodule.val_data = datamodule.test_data
     for dataset in (datamodule.train_data, datamodule.val_data) if keep else ():
         if dataset.augmentations is None:  # they come out of the dataset anew each time
-            keep_images(dataset)
+            read_right(dataset)
+            dataset.kept_items = {}
     own = grid["models"][model]
     options = {"enable_progress_bar": False, **grid.get("trainer", {}), **own.get("trainer", {})}
     others = [instantiate_class((), each) for each in own.get("callbacks", ())]
@@ -207,18 +207,6 @@ def _fit(grid: dict[str, Any], data: str, model: str, seed: int, curve: Curve, k
     engine.trainer.save_checkpoint(
         run_folder(grid, data, model, seed, folder / "curves") / "last.ckpt", weights_only=True
     )
-
-
-def keep_images(dataset: AnomalibDataset) -> None:
-    """Let a dataset read each file once, and keep it in memory."""
-    base, items = type(dataset), {}
-
-    def get_item(self: AnomalibDataset, index: int) -> object:
-        if index not in items:
-            items[index] = base.__getitem__(self, index)
-        return copy(items[index])  # anomalib's collate resizes what it is given
-
-    dataset.__class__ = type(base.__name__, (base,), {"__getitem__": get_item})
 
 
 def _rows_of(results: Results) -> pd.DataFrame:
