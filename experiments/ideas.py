@@ -78,6 +78,7 @@ def run_ideas(
     grids: Sequence[Path] = (),
     output: Path = Path("results/ideas.csv"),
     ideas: Sequence[str] = tuple(IDEAS),
+    seeds: Sequence[int] = (),
     steps: int = 800,
 ) -> str:
     """Fit the first model of each grid with each idea, on all data and seeds; what is stored isn't run again.
@@ -86,6 +87,7 @@ def run_ideas(
         grids: YAML grids of a cascade without projection. Without any, what is stored is shown.
         output: CSV file, appended to.
         ideas: Names of those in the module.
+        seeds: Those of the grid by default.
         steps: Length of each fit and of its schedule.
 
     Returns:
@@ -97,7 +99,7 @@ def run_ideas(
             rows = [
                 {"data": data, "idea": idea, "seed": seed, "steps": steps, "batch_size": grid["batch_size"]}
                 for idea in ideas
-                for seed in grid["seeds"]
+                for seed in seeds or grid["seeds"]
             ]
             if all(map(results.done, rows)):
                 continue
