@@ -78,7 +78,7 @@ def run_ideas(
     grids: Sequence[Path] = (),
     output: Path = Path("results/ideas.csv"),
     ideas: Sequence[str] = tuple(IDEAS),
-    seeds: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
     steps: int = 800,
 ) -> str:
     """Fit the first model of each grid with each idea, on all data and seeds; what is stored isn't run again.
