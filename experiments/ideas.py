@@ -49,6 +49,7 @@ class Idea:
     """What differs from the config."""
 
     target: str = "as they are"  # or centred, standardised, whitened: features by the training images' statistics
+    constant: float = 0.0  # one more channel of both that are compared, relative to the features' mean length
     shrinkage: float = 0.1  # of whitening: share of the mean variance that is added to each
     clip: float = torch.inf  # norm of the gradient
     averaged: float = 0.0  # decay of a moving average of the weights, which is what is tested
@@ -63,8 +64,12 @@ class Idea:
 IDEAS = {
     "as it is": Idea(),
     "centred": Idea("centred"),
+    "centred, constant 1": Idea("centred", constant=1.0),
     "standardised": Idea("standardised"),
+    "standardised, constant 1": Idea("standardised", constant=1.0),
+    "standardised, constant 3": Idea("standardised", constant=3.0),
     "whitened": Idea("whitened"),
+    "whitened, constant 1": Idea("whitened", constant=1.0),
     "clip 0.1": Idea(clip=0.1),
     "averaged weights": Idea(averaged=0.99),
     "dropout 0.1": Idea(dropout=0.1),
@@ -138,6 +143,7 @@ def fit(
     seed_everything(row["seed"], verbose=False)
     change = [affine(scale, idea) for scale in train]
     targets = [each(scale) for each, scale in zip(change, train, strict=True)]
+    constants = [idea.constant * float(scale.square().sum(1).mean().sqrt()) for scale in targets]
     student = prepare(network, idea)
     rate, steps = LEARNING_RATES["fast"][1] * idea.rate, row["steps"]
     options = {"betas": (0.9, 0.999), "eps": 1e-10, "fused": True}  # as the recipe's
@@ -151,7 +157,8 @@ def fit(
         batch, order = order[: row["batch_size"]], order[row["batch_size"] :]
         target = [scale[batch] for scale in targets]
         seen = [scale + idea.jitter * noise_like(scale) for scale in target] if idea.jitter else target
-        terms = loss(RDPPFeatures(target, [], [], [], student(seen)), easy_share(step / steps))
+        compared = [lengthen(scales, constants) for scales in (target, student(seen))]
+        terms = loss(RDPPFeatures(compared[0], [], [], [], compared[1]), easy_share(step / steps))
         optimizer.zero_grad()
         terms["loss"].backward()
         nn.utils.clip_grad_norm_(student.parameters(), idea.clip)
@@ -161,7 +168,7 @@ def fit(
     minutes = (time.process_time() - start) / 60
     if idea.averaged:
         student = average.module
-    return {"fit_minutes": round(minutes, 2), **rate_maps(network, student.eval(), change, test, truth)}
+    return {"fit_minutes": round(minutes, 2), **rate_maps(network, student.eval(), change, constants, test, truth)}
 
 
 def prepare(network: RDPPModel, idea: Idea) -> nn.Module:
@@ -193,6 +200,12 @@ def affine(features: torch.Tensor, idea: Idea) -> Callable[[torch.Tensor], torch
     return lambda scale: torch.einsum("dc,bchw->bdhw", matrix, scale) + offset[:, None, None]
 
 
+def lengthen(scales: Features, constants: Sequence[float]) -> Features:
+    """Add a channel of a constant to each scale ``(B, C, H, W)``, so that short features turn less."""
+    pairs = zip(scales, constants, strict=True)
+    return [torch.cat([each, torch.full_like(each[:, :1], constant)], 1) for each, constant in pairs]
+
+
 def noise_like(features: torch.Tensor) -> torch.Tensor:
     """Draw noise of the length of each feature, in the mean."""
     return torch.randn_like(features) * features.square().mean(1, keepdim=True).sqrt()
@@ -200,14 +213,19 @@ def noise_like(features: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def rate_maps(
-    network: RDPPModel, student: nn.Module, change: Sequence[Callable], test: Features, truth: SimpleNamespace
+    network: RDPPModel,
+    student: nn.Module,
+    change: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    constants: Sequence[float],
+    test: Features,
+    truth: SimpleNamespace,
 ) -> dict[str, Any]:
     """Compute AUROC of the scores of one, two and three scales, of each kind of defect by one, and AUPRO."""
     generate, size = network.anomaly_map_generator, tuple(truth.masks.shape[-2:])
     maps: list[torch.Tensor] = []
     for start in range(0, len(truth.labels), 16):
         teacher = [each(scale[start : start + 16]) for each, scale in zip(change, test, strict=True)]
-        pairs = list(zip(teacher, student(teacher), strict=True))
+        pairs = list(zip(lengthen(teacher, constants), lengthen(student(teacher), constants), strict=True))
         counts = [pairs[-count:] for count in SCORES.values()]
         maps.append(torch.stack([generate(*zip(*own, strict=True), size).anomaly_map[:, 0] for own in counts]))
     by_count = torch.cat(maps, dim=1)  # (3, N, H, W)
