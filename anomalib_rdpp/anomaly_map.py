@@ -25,9 +25,9 @@ class AnomalyMapGenerator(nn.Module):
         sigma: Standard deviation of the Gaussian, in pixels of the image. Its radius is four times that. At the border
             the image is mirrored with its edge pixel repeated, as scipy's ``reflect`` does.
         score: What of the map is the image's score: ``max``, its maximum; ``top``, the mean of its highest pixels;
-            ``coarse``, the same of the coarsest scale's map alone; ``sum``, the sum of all, as RD's official code for
-            one-class detection has it.
-        score_fraction: Share of the pixels that ``top`` and ``coarse`` take the mean of, at least one pixel.
+            ``coarse``, the same of the coarsest scale's map alone; ``standardised``, that and the same of this scale's
+            standardised features; ``sum``, the sum of all, as RD's official code for one-class detection has it.
+        score_fraction: Share of the pixels that the means are of, at least one pixel.
 
     Raises:
         ValueError: If there is no such score, or the fraction is not above 0 and at most 1.
@@ -42,7 +42,7 @@ class AnomalyMapGenerator(nn.Module):
 
     def __init__(self, sigma: float = 4.0, score: str = "max", score_fraction: float = 0.01) -> None:
         super().__init__()
-        check_choice("score", score, ("max", "top", "coarse", "sum"))
+        check_choice("score", score, ("max", "top", "coarse", "standardised", "sum"))
         check(0 < score_fraction <= 1, "score_fraction", "above 0 and at most 1", score_fraction)
         self.sigma = sigma
         self.score = score
@@ -54,7 +54,7 @@ class AnomalyMapGenerator(nn.Module):
         """Compute map and score.
 
         Args:
-            teacher: ``(B, C, H, W)`` per scale.
+            teacher: ``(B, C, H, W)`` per scale. If the last two are of one scale, the last counts in the score alone.
             student: The same shapes.
             image_size: Height and width of the map in pixels.
 
@@ -65,8 +65,11 @@ class AnomalyMapGenerator(nn.Module):
         with torch.autocast(teacher[0].device.type, enabled=False):
             pairs = zip(teacher, student, strict=True)
             maps = [self._enlarge(_distance(t.float(), s.float()), image_size) for t, s in pairs]
-            anomaly_map = sum(maps[1:], maps[0])
-        score = self._score(maps[-1] if self.score == "coarse" else anomaly_map)
+        sizes = [feature.shape[-2:] for feature in teacher]
+        coarsest = maps[sizes.index(sizes[-1]) :]
+        anomaly_map = sum(maps[1 : len(maps) - len(coarsest) + 1], maps[0])
+        scored = coarsest if self.score in {"coarse", "standardised"} else [anomaly_map]
+        score = torch.stack([self._score(each) for each in scored]).sum(dim=0)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map.unsqueeze(1))
 
     def _score(self, anomaly_map: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,9 @@ class DistillationMixin(SafeExportMixin):
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
         defaults = signature(type(self)).parameters  # what checkpoints mean that are older than an argument
-        for name in sorted(self.structure & self.hparams.keys()) if stored else ():
+        is_standardising = "standardised" in (stored.get("score"), self.hparams["score"])
+        shaping = self.structure | ({"score"} if is_standardising else set())
+        for name in sorted(shaping & self.hparams.keys()) if stored else ():
             theirs, ours = stored.get(name, defaults[name].default), self.hparams[name]
             theirs, ours = (list(each) if isinstance(each, tuple) else each for each in (theirs, ours))
             if name == "backbone":  # the checkpoint holds the teacher: its weights' tag doesn't matter

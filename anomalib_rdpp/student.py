@@ -60,6 +60,7 @@ class Student(nn.Module):
         self.bottleneck: nn.Module = neck
         self.decoder: nn.Module = get_decoder(architecture)
         self.scales = tuple(scales)
+        self.standardise: Standardise | None = None
         self._freeze_unused([self.decoder.layer1, self.decoder.layer2, self.decoder.layer3])
 
     def _freeze_unused(self, steps: Any, heads: Any = ()) -> None:  # noqa: ANN401  attributes of modules have no types
@@ -69,12 +70,19 @@ class Student(nn.Module):
         for part in unused:
             part.requires_grad_(requires_grad=False)
 
-    def compared(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Choose those of the three scales that the student gives back."""
-        return [features[scale - 1] for scale in self.scales]
+    def compared(self, features: list[torch.Tensor], is_counted: bool = False) -> list[torch.Tensor]:
+        """Choose those of the three scales that the student gives back, and the coarsest standardised, if it counts.
+
+        Args:
+            features: ``(B, C, H, W)`` of all three scales, fine to coarse.
+            is_counted: Whether they are what mean and deviation are to be taken of: the target, in training.
+        """
+        chosen = [features[scale - 1] for scale in self.scales]
+        again = [] if self.standardise is None else [self.standardise(chosen[-1], is_counted)]
+        return chosen + again
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Reconstruct the teacher's features from ``(B, C, H, W)`` per scale, fine to coarse: those of ``scales``.
+        """Reconstruct what is ``compared`` from the teacher's features ``(B, C, H, W)`` per scale, fine to coarse.
 
         Raises:
             ValueError: In training, if a batch of one 32 x 32 image leaves BatchNorm no second value.
@@ -86,6 +94,37 @@ class Student(nn.Module):
             )
             raise ValueError(msg)
         return self.compared(self.decoder(self.bottleneck(features)))
+
+
+class Standardise(nn.Module):
+    """Bring each channel to mean 0 and deviation 1, those of all that was counted.
+
+    Channels that hardly differ between normal images then weigh as much in a cosine as those that do. Statistics are
+    buffers: checkpoints and exports have them.
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))  # of batches
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("variance", torch.ones(channels, 1, 1))
+
+    def forward(self, features: torch.Tensor, is_counted: bool = False) -> torch.Tensor:
+        """Standardise ``(B, C, H, W)``, in single precision; first take them into the statistics if they count."""
+        features = features.float()
+        if is_counted:
+            variance, mean = torch.var_mean(features.detach(), dim=(0, 2, 3), correction=0)
+            self.count += 1
+            share, shift = 1 / self.count, mean[:, None, None] - self.mean
+            self.variance += share * (variance[:, None, None] + (1 - share) * shift.square() - self.variance)
+            self.mean += share * shift
+        least = 0.01 * self.variance.mean()  # what hardly ever moves isn't all that counts
+        standardised: torch.Tensor = (features - self.mean) / (self.variance + least).sqrt()
+        return standardised
 
 
 class Coarsest(nn.Sequential):
@@ -133,6 +172,7 @@ class LightStudent(Student):
             self.bottleneck = Coarsest(_shortcut(channels[-1], 2 * widths[-1]))
         self.decoder = Decoder(widths, channels, min(scales), is_cascade)
         self.scales = tuple(scales)
+        self.standardise = None
         self._freeze_unused(self.decoder.steps, self.decoder.heads)
 
 
@@ -204,6 +244,7 @@ def build_student(
     width: float | Sequence[float] = 1.0,
     bottleneck: str = "mff+oce",
     scales: Sequence[int] = SCALES,
+    score: str = "top",
 ) -> Student:
     """Build the student of a teacher.
 
@@ -216,6 +257,7 @@ def build_student(
         bottleneck: ``mff+oce`` for RD's fusion of the scales and its residual stage, ``oce`` for that stage on the
             coarsest scale alone, ``none`` for no more than the stage's strided 1x1 convolution.
         scales: Which of the scales 1 to 3, fine to coarse, the student gives back and the map compares.
+        score: ``standardised`` for a student that is compared by the standardised coarsest scale too.
 
     Raises:
         ValueError: If there is no such student, bottleneck or scale, the teacher has no student in the papers, or a
@@ -234,11 +276,15 @@ def build_student(
         msg = f"The papers have no student for '{teacher.architecture}', only for {', '.join(PAPER)}; take 'light'."
         raise ValueError(msg)
     if student in {"light", "cascade"} or not has_paper:
-        return LightStudent(teacher.channels, width, bottleneck, scales, student == "cascade")
-    if np.any(np.not_equal(width, 1)):
+        built: Student = LightStudent(teacher.channels, width, bottleneck, scales, student == "cascade")
+    elif np.any(np.not_equal(width, 1)):
         msg = f"width {width} is an option of the light student; the papers' has width 1: take student='light'."
         raise ValueError(msg)
-    return Student(teacher.architecture, bottleneck, scales)
+    else:
+        built = Student(teacher.architecture, bottleneck, scales)
+    if score == "standardised":
+        built.standardise = Standardise(teacher.channels[built.scales[-1] - 1])
+    return built
 
 
 def _shortcut(width_in: int, width_out: int) -> nn.Module:

@@ -177,7 +177,7 @@ def test_rows_of_an_older_file_are_kept_and_their_protocol_known(grid):
 def test_stored_results_are_read_whole(path):
     name = path.stem.split("_")[0]
     opened = {"latency": latency_results, "precision": precision_results}.get(name, accuracy_results)
-    if name in ("curves", "steps", "analyses") or path.stem in ("gpu_steps", "transport"):
+    if name in ("curves", "steps", "analyses") or path.stem in ("gpu_steps", "transport", "ideas"):
         pytest.skip("not of the benchmark: tests/test_experiments.py has them")
     frame = opened(path).frame()
     lines = path.read_text().splitlines()

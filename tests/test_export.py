@@ -28,8 +28,11 @@ def model(request):
     return build(request.param, SIZE).eval()
 
 
-def test_cascade_with_the_coarsest_scales_score_is_exported(tmp_path):
-    model = build("RDPP", SIZE, student="cascade", score="coarse").eval()
+@pytest.mark.parametrize("score", ["coarse", "standardised"])
+def test_cascade_with_the_coarsest_scales_score_is_exported(score, tmp_path):
+    model = build("RDPP", SIZE, student="cascade", score=score).eval()
+    if score == "standardised":
+        model.model.student.standardise(torch.rand(2, model.model.teacher.channels[-1], 8, 8), is_counted=True)
     images = torch.rand(2, 3, *SIZE)
     network = ov.Core().read_model(model.to_openvino(tmp_path))
     with torch.no_grad():

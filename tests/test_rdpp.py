@@ -234,10 +234,20 @@ def test_score_is_what_the_argument_says():
     }
     coarsest = AnomalyMapGenerator()(teacher[-1:], student[-1:], (64, 64)).anomaly_map
     expected["coarse"] = coarsest.flatten(1).sort(descending=True).values[:, :41].mean(1)
+    expected["standardised"] = expected["coarse"]  # of a student that knows no statistics
     for score, value in expected.items():
         prediction = AnomalyMapGenerator(score=score, score_fraction=0.01)(teacher, student, (64, 64))
         torch.testing.assert_close(prediction.pred_score, value)
         assert torch.equal(prediction.anomaly_map, whole.anomaly_map)
+
+
+def test_standardised_features_count_in_the_score_alone():
+    teacher, student, again = features(2, 1), features(2, 2), features(2, 3)
+    generate = AnomalyMapGenerator(score="standardised")
+    expected = [generate(teacher, each, (64, 64)) for each in (student, [*student[:2], again[2]])]
+    found = generate([*teacher, teacher[2]], [*student, again[2]], (64, 64))
+    assert torch.equal(found.anomaly_map, expected[0].anomaly_map)
+    torch.testing.assert_close(found.pred_score, expected[0].pred_score + expected[1].pred_score)
 
 
 def test_map_is_one_where_a_feature_is_zero():
@@ -305,7 +315,7 @@ def test_noise_fits_an_image_smaller_than_its_patches():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"score": "median"}, "score must be one of max, top, coarse, sum, got 'median'"),
+        ({"score": "median"}, "score must be one of max, top, coarse, standardised, sum, got 'median'"),
         ({"score": "top", "score_fraction": 0.0}, "score_fraction must be above 0 and at most 1, got 0.0"),
         ({"recipe": "slow"}, "recipe must be one of paper, fast, got 'slow'"),
         ({"projection": "heavy"}, "projection must be one of True, False, light, got 'heavy'"),
@@ -399,6 +409,13 @@ def test_checkpoint_of_before_any_teacher_loads():
 def test_checkpoint_without_projection_is_named():
     with pytest.raises(ValueError, match="RDPP with projection 'False', this model has 'True'"):
         RDPP(**RESNET).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18", "projection": False}})
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("coarse", "standardised"), ("standardised", "top")])
+def test_checkpoint_of_a_student_that_learnt_otherwise_is_named(theirs, ours):
+    stored = {"backbone": "resnet18", "score": theirs}
+    with pytest.raises(ValueError, match=f"RDPP with score '{theirs}', this model has '{ours}'"):
+        RDPP(**RESNET, score=ours).on_load_checkpoint({"hyper_parameters": stored})
 
 
 def test_checkpoint_of_another_model_is_named():

@@ -17,13 +17,13 @@ from anomalib.pre_processing import PreProcessor
 from huggingface_hub import constants
 from lightning.pytorch import Callback
 from safetensors.torch import save_file
-from tiny import build, engine
+from tiny import MODELS, build, engine
 from torchvision.io import decode_image
 from torchvision.transforms.v2 import CenterCrop, Compose, RandomHorizontalFlip, Resize
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_rdpp import AAND, RDPP, pixels
-from anomalib_rdpp.student import BOTTLENECKS, LightStudent, Student, build_student
+from anomalib_rdpp.student import BOTTLENECKS, LightStudent, Standardise, Student, build_student
 from anomalib_rdpp.teacher import Teacher
 
 TINY = {"backbone": "resnet18", "pre_trained": False}
@@ -245,6 +245,31 @@ def test_finer_scales_of_a_cascade_teach_the_coarser_ones_nothing():
         steps = [int(name.split(".")[2]) for name in learning if name.startswith("decoder.steps")]
         assert set(steps) == set(parts)
         assert any(name.startswith("bottleneck") for name in learning) == (scale == 2)
+
+
+def test_statistics_are_those_of_all_that_was_counted():
+    standardise = Standardise(3).train()
+    features = 2 + torch.rand(4, 3, 8, 8) * torch.tensor([1.0, 5.0, 0.0])[:, None, None]
+    with torch.no_grad():
+        for batch in features.split(2):
+            standardise(batch, is_counted=True)
+        standardise(torch.rand(1, 3, 8, 8))
+    torch.testing.assert_close(standardise.mean.flatten(), features.mean((0, 2, 3)))
+    torch.testing.assert_close(standardise.variance.flatten(), features.var((0, 2, 3), correction=0))
+    found = standardise(features)
+    torch.testing.assert_close(found.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.std((0, 2, 3)), torch.tensor([0.95, 1.0, 0.0]), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_are_the_targets_of_training_alone(name, tmp_path, make_tiny_data):
+    model = build(name, student="cascade", score="standardised")
+    engine(tmp_path, max_epochs=4).fit(model, datamodule=make_tiny_data())
+    standardise = model.model.student.standardise
+    assert float(standardise.count) == {"RDPP": 8, "AAND": 4}[name], "two batches of each epoch; AAND's second stage"
+    state = {key: value.clone() for key, value in standardise.state_dict().items()}
+    model.eval()(torch.rand(1, 3, 64, 64))
+    assert all(torch.equal(value, state[key]) for key, value in standardise.state_dict().items())
 
 
 # -- weights from a file

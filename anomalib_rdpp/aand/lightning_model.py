@@ -69,8 +69,9 @@ class AAND(DistillationMixin, AnomalibModule):
             name and the size of its file. Pre-processor and augmentations may then resize, but not crop, flip or turn.
         score: An image's score: "top" for the mean of its map's highest pixels, which was ahead on two data sets; "max"
             for the map's maximum, as in the papers; "sum" for the sum of all; "coarse" as "top", of the coarsest
-            scale's map alone.
-        score_fraction: Share of the map's pixels that score="top" and "coarse" average.
+            scale's map alone; "standardised" adds the same of this scale's features standardised, which the student
+            learns too.
+        score_fraction: Share of the map's pixels that score="top", "coarse" and "standardised" average.
         pre_processor: Pre-processor, True for a resize to 256 x 256, or False. It must not normalise.
         post_processor: Post-processor, True for anomalib's, or False.
         evaluator: Evaluator, True for anomalib's metrics, or False.

@@ -62,7 +62,7 @@ class AANDModel(nn.Module):
         self.anomaly_map_generator = AnomalyMapGenerator(score=score, score_fraction=score_fraction)
         self.teacher = Teacher(backbone, pre_trained, teacher_weights)
         self.amplifiers = nn.ModuleList(Amplifier(count, is_gated, fixed_scale) for count in self.teacher.channels)
-        self.student = build_student(self.teacher, student, width)
+        self.student = build_student(self.teacher, student, width, score=score)
         # By name, because teacher and unused parts of the student are frozen in every stage.
         self.trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         self.is_amplifying = False
@@ -105,7 +105,7 @@ class AANDModel(nn.Module):
                 return AmplifierFeatures(teacher, amplified, gates)
             compared = teacher, amplified
         else:
-            compared = amplified, self.student(amplified)
+            compared = self.student.compared(amplified, is_counted=self.training), self.student(amplified)
             if self.training:
                 return StudentFeatures(*compared)
         prediction: InferenceBatch = self.anomaly_map_generator(*compared, images.shape[-2:])

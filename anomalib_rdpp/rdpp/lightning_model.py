@@ -59,8 +59,9 @@ class RDPP(DistillationMixin, AnomalibModule):
         noise_patch_max: Longest side of the noisy rectangle, in pixels.
         score: An image's score: "top" for the mean of its map's highest pixels, which was ahead on two data sets; "max"
             for the map's maximum, as in the papers; "sum" for the sum of all; "coarse" as "top", of the coarsest
-            scale's map alone.
-        score_fraction: Share of the map's pixels that score="top" and "coarse" average.
+            scale's map alone; "standardised" adds the same of this scale's features standardised, which the student
+            learns too.
+        score_fraction: Share of the map's pixels that score="top", "coarse" and "standardised" average.
         bottleneck: "mff+oce" for the paper's; "oce" without the fusion of scales, "none" without its residual stage
             too, for ablations.
         scales: Which of the scales 1 to 3, fine to coarse, the student gives back and the map compares, for ablations.

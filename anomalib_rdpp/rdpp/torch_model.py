@@ -19,7 +19,7 @@ from anomalib_rdpp.teacher import Teacher, check_choice, check_images
 class RDPPFeatures(NamedTuple):
     """What the loss compares. Each a list of ``(B, C, H, W)`` per scale, fine to coarse; noisy ones may be none."""
 
-    teacher: list[torch.Tensor]  # at the student's scales, as student
+    teacher: list[torch.Tensor]  # what the student is compared with, as student
     noisy_teacher: list[torch.Tensor]
     projected: list[torch.Tensor]
     noisy_projected: list[torch.Tensor]
@@ -59,7 +59,7 @@ class RDPPModel(nn.Module):
             Projection(count, is_light=projection == "light") if projection else nn.Identity()
             for count in self.teacher.channels
         )
-        self.student = build_student(self.teacher, student, width, bottleneck, scales)
+        self.student = build_student(self.teacher, student, width, bottleneck, scales, score)
 
     def forward(self, images: torch.Tensor, noisy_images: torch.Tensor | None = None) -> RDPPFeatures | InferenceBatch:
         """Give the loss its features in training, map and score in evaluation.
@@ -83,7 +83,8 @@ class RDPPModel(nn.Module):
 
         teacher = self.teacher(images, may_keep=self.training)
         projected = self.project(teacher)
-        student, compared = self.student(projected), self.student.compared(teacher)
+        compared = self.student.compared(teacher, is_counted=self.training)
+        student = self.student(projected)
         if self.training:
             return RDPPFeatures(compared, noisy_teacher, projected, noisy_projected, student)
         prediction: InferenceBatch = self.anomaly_map_generator(compared, student, images.shape[-2:])
