@@ -65,10 +65,9 @@ class AnomalyMapGenerator(nn.Module):
         with torch.autocast(teacher[0].device.type, enabled=False):
             pairs = zip(teacher, student, strict=True)
             maps = [self._enlarge(_distance(t.float(), s.float()), image_size) for t, s in pairs]
-        sizes = [feature.shape[-2:] for feature in teacher]
-        coarsest = maps[sizes.index(sizes[-1]) :]
-        anomaly_map = sum(maps[1 : len(maps) - len(coarsest) + 1], maps[0])
-        scored = coarsest if self.score in {"coarse", "standardised"} else [anomaly_map]
+        count = 2 if len(maps) > 1 and teacher[-1].shape == teacher[-2].shape else 1  # maps of the coarsest scale
+        anomaly_map = sum(maps[1 : len(maps) + 1 - count], maps[0])
+        scored = maps[-count:] if self.score in {"coarse", "standardised"} else [anomaly_map]
         score = torch.stack([self._score(each) for each in scored]).sum(dim=0)
         return InferenceBatch(pred_score=score, anomaly_map=anomaly_map.unsqueeze(1))
 

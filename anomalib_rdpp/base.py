@@ -170,6 +170,7 @@ class DistillationMixin(SafeExportMixin):
         """Refuse, by ``ValueError``, another network's checkpoint before torch lists all its tensors."""
         state, own = checkpoint.get("state_dict", {}), self.state_dict()
         stored = checkpoint.get("hyper_parameters", {})
+        stored = stored and {"score": "max", "score_fraction": 0.01, **stored}  # before the arguments were
         defaults = signature(type(self)).parameters  # what checkpoints mean that are older than an argument
         is_standardising = "standardised" in (stored.get("score"), self.hparams["score"])
         shaping = self.structure | ({"score"} if is_standardising else set())
@@ -192,8 +193,8 @@ class DistillationMixin(SafeExportMixin):
         for name in [name for name in state if name.startswith("evaluator.") and name not in own]:
             del state[name]
         state |= {name: own[name] for name in own if name.startswith("evaluator.") and name not in state}
-        for name, before in (("score", "max"), ("score_fraction", 0.01)) if stored else ():  # before the arguments were
-            value = stored.get(name, before)
+        for name in ("score", "score_fraction") if stored else ():
+            value = stored[name]
             if value != self.hparams[name]:
                 rank_zero_warn(f"{name} is {value}, as in the checkpoint, whose thresholds are of that scale.")
                 self.hparams[name] = value

@@ -97,7 +97,7 @@ class Student(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Bring each channel to mean 0 and deviation 1, those of all that was counted.
+    """Bring each channel to mean 0 and deviation 1, those of all batches that were counted, each alike.
 
     Channels that hardly differ between normal images then weigh as much in a cosine as those that do. Statistics are
     buffers: checkpoints and exports have them.
@@ -122,7 +122,7 @@ class Standardise(nn.Module):
             share, shift = 1 / self.count, mean[:, None, None] - self.mean
             self.variance += share * (variance[:, None, None] + (1 - share) * shift.square() - self.variance)
             self.mean += share * shift
-        least = 0.01 * self.variance.mean()  # what hardly ever moves isn't all that counts
+        least = (0.01 * self.variance.mean()).clamp_min(1e-12)  # what hardly ever moves isn't all that counts
         standardised: torch.Tensor = (features - self.mean) / (self.variance + least).sqrt()
         return standardised
 

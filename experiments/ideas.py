@@ -31,15 +31,16 @@ from anomalib_rdpp.benchmark.cli import run
 from anomalib_rdpp.benchmark.grid import read_grid
 from anomalib_rdpp.benchmark.report import mean_and_spread
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
+from anomalib_rdpp.pixels import read_right
 from anomalib_rdpp.rdpp.lightning_model import LEARNING_RATES
 from anomalib_rdpp.rdpp.loss import RDPPLoss
 from anomalib_rdpp.rdpp.torch_model import RDPPFeatures
 from anomalib_rdpp.recipe import cosine_factor, easy_share
-from anomalib_rdpp.student import Student
+from anomalib_rdpp.student import LightStudent, Student
 
 SCORES = {"AUROC_coarsest": "coarse", "AUROC_all": "top", "AUROC_standardised": "standardised"}
-KEY = ("data", "idea", "seed", "steps")
-NUMBERS = (*KEY[2:], "fit_minutes", *SCORES, "AUPRO")
+KEY = ("data", "model", "idea", "seed", "steps")
+NUMBERS = (*KEY[3:], "fit_minutes", *SCORES, "AUPRO")
 COLUMNS = (*KEY, *NUMBERS[2:], "by_kind", "batch_size", "commit", "error")
 ideas_results = partial(Results, "experiments.ideas", COLUMNS, KEY, NUMBERS)
 
@@ -88,18 +89,22 @@ def run_ideas(
 
     Returns:
         A table.
+
+    Raises:
+        ValueError: If the model is another one.
     """
     results = ideas_results(output)
     for grid in map(read_grid, grids):
+        name = next(iter(grid["models"]))
         for data in grid["data"]:
-            rows = [
-                {"data": data, "idea": idea, "seed": seed, "steps": steps, "batch_size": grid["batch_size"]}
-                for idea in ideas
-                for seed in seeds or grid["seeds"]
-            ]
+            same = {"data": data, "model": name, "steps": steps, "batch_size": grid["batch_size"]}
+            rows = [{**same, "idea": idea, "seed": seed} for idea in ideas for seed in seeds or grid["seeds"]]
             if all(map(results.done, rows)):
                 continue
-            model = build_model(grid, next(iter(grid["models"])))
+            model = build_model(grid, name)
+            if not isinstance(getattr(model.model, "student", None), LightStudent) or model.hparams.get("projection"):
+                msg = f"Ideas are for light students without projection, but {name} is no such model."
+                raise ValueError(msg)
             datamodule = build_datamodule(grid, data)
             train, _ = extract(model, datamodule.train_data)
             test, truth = extract(model, datamodule.test_data)
@@ -115,6 +120,7 @@ def run_ideas(
 def extract(model: Any, dataset: AnomalibDataset) -> tuple[Features, SimpleNamespace]:  # noqa: ANN401
     """Give the teacher's features of all images, and their masks, labels and kinds of defect."""
     resize, dataset.augmentations = model.pre_processor.transform, None
+    read_right(dataset)
     features, masks, labels = [], [], []
     for item in tqdm(dataset, total=len(dataset), desc="features", leave=False):
         image = resize(item.image).clamp(0, 1)
@@ -138,10 +144,11 @@ def fit(
     optimizer = AdamW(student.parameters(), rate, weight_decay=idea.decay, **options)
     average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(idea.averaged or 0.5))
     loss, order, start = RDPPLoss(), torch.empty(0, dtype=torch.long), time.process_time()
+    draw = torch.Generator().manual_seed(row["seed"])  # the same images for all ideas
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * cosine_factor(step / steps)
         if not len(order):
-            order = torch.randperm(len(train[0]))
+            order = torch.randperm(len(train[0]), generator=draw)
         batch, order = order[: row["batch_size"]], order[row["batch_size"] :]
         target = [scale[batch] for scale in train]
         compared = student.compared(target, is_counted=True)
@@ -149,7 +156,8 @@ def fit(
         terms = loss(RDPPFeatures(compared, [], [], [], student(seen)), easy_share(step / steps))
         optimizer.zero_grad()
         terms["loss"].backward()
-        nn.utils.clip_grad_norm_(student.parameters(), idea.clip)
+        if idea.clip < torch.inf:
+            nn.utils.clip_grad_norm_(student.parameters(), idea.clip)
         optimizer.step()
         if idea.averaged:
             average.update_parameters(student)
@@ -191,7 +199,7 @@ def rate_maps(student: Student, test: Features, truth: SimpleNamespace) -> dict[
         maps.append(answer.anomaly_map[:, 0])
     metric = AUPRO(fields=["anomaly_map", "gt_mask"])
     metric.update(SimpleNamespace(anomaly_map=torch.cat(maps), gt_mask=truth.masks))
-    values = {name: torch.cat(each).double() / 8 for name, each in scores.items()}  # none is above 4
+    values = {name: torch.cat(each).double() / 8 for name, each in scores.items()}  # none is above 6
     found = {name: auroc(each, truth.labels, "binary") for name, each in values.items()} | {"AUPRO": metric.compute()}
     kinds = {}
     for kind in sorted({kind for kind, label in zip(truth.kinds, truth.labels, strict=True) if label}):
@@ -205,8 +213,9 @@ def ideas_table(results: Results) -> str:
     """Make a Markdown table: mean and deviation of seeds in percent."""
     rows = results.frame()
     lines = []
-    for (data, idea, steps), own in rows[rows["error"] == ""].groupby(["data", "idea", "steps"], sort=False):
-        line = {"data": data, "idea": idea, "steps": str(steps), "seeds": str(len(own))}
+    groups = rows[rows["error"] == ""].groupby(["data", "model", "idea", "steps"], sort=False)
+    for (data, model, idea, steps), own in groups:
+        line = {"data": data, "model": model, "idea": idea, "steps": str(steps), "seeds": str(len(own))}
         for name in (*SCORES, "AUPRO"):
             known = own[name].notna().any()
             line[name.replace("_", " ")] = mean_and_spread(100 * own[name]) if known else "-"

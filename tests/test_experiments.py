@@ -99,6 +99,10 @@ def test_ideas_are_rows_each_once(score, grid):
     assert all(row["by_kind"].startswith("square ") for row in rows)
     assert all(bool(row["AUROC_standardised"]) == (score == "standardised") for row in rows)
     assert len(cells(table)) == 2 + len(ideas.IDEAS)
+    for arguments in ({"projection": True}, None):
+        other = {"class_path": "anomalib_rdpp.RDPP", "init_args": {**TINY, **arguments}} if arguments else TOY
+        with pytest.raises(ValueError, match="Ideas are for light students without projection, but ours is no such"):
+            ideas.run_ideas([grid({"ours": other})[0]], output)
 
 
 def test_times_of_steps(tmp_path):

@@ -411,9 +411,11 @@ def test_checkpoint_without_projection_is_named():
         RDPP(**RESNET).on_load_checkpoint({"hyper_parameters": {"backbone": "resnet18", "projection": False}})
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [("coarse", "standardised"), ("standardised", "top")])
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("coarse", "standardised"), ("standardised", "top"), ("max", "standardised")]
+)
 def test_checkpoint_of_a_student_that_learnt_otherwise_is_named(theirs, ours):
-    stored = {"backbone": "resnet18", "score": theirs}
+    stored = {"backbone": "resnet18"} | ({} if theirs == "max" else {"score": theirs})  # max before there was a choice
     with pytest.raises(ValueError, match=f"RDPP with score '{theirs}', this model has '{ours}'"):
         RDPP(**RESNET, score=ours).on_load_checkpoint({"hyper_parameters": stored})
 

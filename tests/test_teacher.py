@@ -247,6 +247,11 @@ def test_finer_scales_of_a_cascade_teach_the_coarser_ones_nothing():
         assert any(name.startswith("bottleneck") for name in learning) == (scale == 2)
 
 
+def test_features_that_never_move_are_no_nan():
+    standardise = Standardise(3)
+    assert standardise(torch.ones(2, 3, 4, 4), is_counted=True).abs().max() == 0
+
+
 def test_statistics_are_those_of_all_that_was_counted():
     standardise = Standardise(3).train()
     features = 2 + torch.rand(4, 3, 8, 8) * torch.tensor([1.0, 5.0, 0.0])[:, None, None]
