@@ -157,12 +157,14 @@ def test_stored_rows_of_experiments_are_read():
             "gpu_cascade",
             "transport_curves",
             "cascade_again",
+            "standardised",
         ),
         curves.curves_results,
     )
     stored = {
         **of_curves,
         "transport": transport.transport_results,
+        "ideas": ideas.ideas_results,
         "steps": steps_results,
         "gpu_steps": gpu.gpu_results,
         "analyses": analyses.analyses_results,
