@@ -100,7 +100,7 @@ class Standardise(nn.Module):
     """Bring each channel to mean 0 and deviation 1, those of all batches that were counted, each alike.
 
     Channels that hardly differ between normal images then weigh as much in a cosine as those that do. Statistics are
-    buffers: checkpoints and exports have them.
+    buffers: checkpoints and exports have them. EfficientAD (Batzner et al., WACV 2024) treats its teacher so.
     """
 
     count: torch.Tensor
