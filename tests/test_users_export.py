@@ -35,7 +35,8 @@ def compiled(network):
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folder, tmp_path_factory):
     """RD++ as a cascade after two steps at 64 px, with scores as they are."""
-    model = build("RDPP", student="cascade", score="coarse", post_processor=PostProcessor(enable_normalization=False))
+    raw = PostProcessor(enable_normalization=False)
+    model = build("RDPP", student="cascade", score="standardised", post_processor=raw)
     data = Folder(root=tiny_folder, train_batch_size=3, num_workers=0, seed=0, **FOLDER)
     engine = Engine(max_epochs=1, accelerator="cpu", devices=1, default_root_dir=tmp_path_factory.mktemp("trained"))
     engine.fit(model, datamodule=data)
