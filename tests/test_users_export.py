@@ -179,7 +179,9 @@ def test_no_label_of_cookie_flips(tmp_path):
     for path in sorted(root.glob("test/*/*")):
         expected = engine.predict(model, dataset=PredictDataset(path))[0]
         answer = network(read_image(path, as_tensor=True)[None].numpy())
-        assert bool(answer["pred_label"][0]) == bool(expected.pred_label), path
+        np.testing.assert_allclose(answer["pred_score"], expected.pred_score, atol=1e-4, err_msg=str(path))
+        if abs(float(expected.pred_score) - 0.5) > 1e-4:  # the threshold is some image's own score, to the last digits
+            assert bool(answer["pred_label"][0]) == bool(expected.pred_label), path
         assert (
             np.quantile(np.abs(answer["anomaly_map"].squeeze() - expected.anomaly_map.squeeze().numpy()), 0.99) < 0.02
         )
