@@ -20,11 +20,11 @@ from anomalib.data.datasets import AnomalibDataset
 from anomalib.metrics import AUPRO
 from lightning import seed_everything
 from torch import nn
-from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.functional import auroc
 from tqdm import tqdm
 
+from anomalib_rdpp import RDPP
 from anomalib_rdpp.anomaly_map import AnomalyMapGenerator
 from anomalib_rdpp.benchmark.build import build_datamodule, build_model
 from anomalib_rdpp.benchmark.cli import run
@@ -32,10 +32,9 @@ from anomalib_rdpp.benchmark.grid import read_grid
 from anomalib_rdpp.benchmark.report import mean_and_spread
 from anomalib_rdpp.benchmark.results import Results, commit, markdown
 from anomalib_rdpp.pixels import read_right
-from anomalib_rdpp.rdpp.lightning_model import LEARNING_RATES
 from anomalib_rdpp.rdpp.loss import RDPPLoss
 from anomalib_rdpp.rdpp.torch_model import RDPPFeatures
-from anomalib_rdpp.recipe import cosine_factor, easy_share
+from anomalib_rdpp.recipe import build_optimizer, cosine_factor, easy_share
 from anomalib_rdpp.student import LightStudent, Student
 
 SCORES = {"AUROC_coarsest": "coarse", "AUROC_all": "top", "AUROC_standardised": "standardised"}
@@ -102,8 +101,9 @@ def run_ideas(
             if all(map(results.done, rows)):
                 continue
             model = build_model(grid, name)
-            if not isinstance(getattr(model.model, "student", None), LightStudent) or model.hparams.get("projection"):
-                msg = f"Ideas are for light students without projection, but {name} is no such model."
+            is_light = isinstance(model, RDPP) and isinstance(model.model.student, LightStudent)
+            if not is_light or model.hparams.get("projection") or model.hparams["recipe"] != "fast":
+                msg = f"Ideas are for light students without projection, but {name} is no such model of recipe fast."
                 raise ValueError(msg)
             datamodule = build_datamodule(grid, data)
             train, _ = extract(model, datamodule.train_data)
@@ -111,7 +111,7 @@ def run_ideas(
             for row in tqdm(rows, desc=f"ideas on {data}"):
                 if not results.done(row):
                     with results.run({**row, "commit": commit()}):
-                        found = fit(deepcopy(model.model.student), IDEAS[row["idea"]], train, test, truth, row)
+                        found = fit(deepcopy(model), IDEAS[row["idea"]], train, test, truth, row)
                         results.append({**row, "commit": commit(), **found})
     return ideas_table(results)
 
@@ -134,15 +134,16 @@ def extract(model: Any, dataset: AnomalibDataset) -> tuple[Features, SimpleNames
 
 
 def fit(
-    student: Student, idea: Idea, train: Features, test: Features, truth: SimpleNamespace, row: dict[str, Any]
+    model: RDPP, idea: Idea, train: Features, test: Features, truth: SimpleNamespace, row: dict[str, Any]
 ) -> dict[str, Any]:
     """Train a student with an idea, and test it."""
     seed_everything(row["seed"], verbose=False)
+    student = model.model.student
     prepare(student, idea)
-    rate, steps = LEARNING_RATES["fast"][1] * idea.rate, row["steps"]
-    options = {"betas": (0.9, 0.999), "eps": 1e-10, "fused": True}  # as the recipe's
-    optimizer = AdamW(student.parameters(), rate, weight_decay=idea.decay, **options)
-    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(idea.averaged or 0.5))
+    rate, steps = model.learning_rates[1] * idea.rate, row["steps"]
+    optimizer = build_optimizer(model, [student], [rate])
+    optimizer.param_groups[0]["weight_decay"] = idea.decay
+    average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(idea.averaged)) if idea.averaged else None
     loss, order, start = RDPPLoss(), torch.empty(0, dtype=torch.long), time.process_time()
     draw = torch.Generator().manual_seed(row["seed"])  # the same images for all ideas
     for step in range(steps):
@@ -159,10 +160,10 @@ def fit(
         if idea.clip < torch.inf:
             nn.utils.clip_grad_norm_(student.parameters(), idea.clip)
         optimizer.step()
-        if idea.averaged:
+        if average is not None:
             average.update_parameters(student)
     minutes = (time.process_time() - start) / 60
-    tested = average.module if idea.averaged else student
+    tested = student if average is None else average.module
     return {"fit_minutes": round(minutes, 2), **rate_maps(tested.eval(), test, truth)}
 
 

@@ -89,7 +89,7 @@ def test_curves_of_several_processes_are_those_of_one(grid, tmp_path):
 
 @pytest.mark.parametrize("score", ["coarse", "standardised"])
 def test_ideas_are_rows_each_once(score, grid):
-    arguments = {**TINY, "projection": False, "student": "cascade", "score": score}
+    arguments = {**TINY, "projection": False, "recipe": "fast", "student": "cascade", "score": score}
     config, output = grid({"ours": {"class_path": "anomalib_rdpp.RDPP", "init_args": arguments}}, seeds=[0, 1])
     for _ in range(2):
         table = ideas.run_ideas([config], output, seeds=[1], steps=2)
@@ -99,8 +99,9 @@ def test_ideas_are_rows_each_once(score, grid):
     assert all(row["by_kind"].startswith("square ") for row in rows)
     assert all(bool(row["AUROC_standardised"]) == (score == "standardised") for row in rows)
     assert len(cells(table)) == 2 + len(ideas.IDEAS)
-    for arguments in ({"projection": True}, None):
-        other = {"class_path": "anomalib_rdpp.RDPP", "init_args": {**TINY, **arguments}} if arguments else TOY
+    fast, paper = {"recipe": "fast"}, {"projection": False, "recipe": "paper"}
+    for name, others in (("RDPP", fast | {"projection": True}), ("RDPP", paper), ("AAND", fast)):
+        other = {"class_path": f"anomalib_rdpp.{name}", "init_args": {**TINY, **others}}
         with pytest.raises(ValueError, match="Ideas are for light students without projection, but ours is no such"):
             ideas.run_ideas([grid({"ours": other})[0]], output)
 

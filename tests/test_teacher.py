@@ -16,6 +16,7 @@ from anomalib.data.datasets import AnomalibDataset
 from anomalib.pre_processing import PreProcessor
 from huggingface_hub import constants
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
 from tiny import MODELS, build, engine
 from torchvision.io import decode_image
@@ -423,8 +424,12 @@ def test_no_features_are_left_by_a_training_that_failed(tmp_path, make_tiny_data
             raise OSError
 
     model, data = build("RDPP", projection=False), make_tiny_data()
+    data.setup(TrainerFn.FITTING)  # as the trainer does, which then leaves the datasets as they are
+    pixels.read_right(data.test_data)
+    data.test_data.kept_items = {}
     with pytest.raises(OSError, match=r"^$"):
         engine(tmp_path, Fails()).fit(model, datamodule=data)
+    assert data.test_data.kept_items is not None, "what somebody else keeps of test images is theirs"
     assert not model.model.teacher.kept
     assert data.train_data.kept_items is None
     engine(tmp_path, max_epochs=1).fit(model, train_dataloaders=data.train_dataloader())
